@@ -1,0 +1,126 @@
+"""What a kernel knows of a call: one int64 array, the descriptor.
+
+Every array is eight numbers (address, dtype code, byte strides), so one compilation serves all layouts,
+read-only inputs included, and starting a kernel costs one argument.
+"""
+
+import numpy as np
+
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._memory import DTYPES
+from nbdelta.cpu._simd import float_of_bits, read_int64
+
+# arrays, eight numbers each; address 0: not given
+Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 88, 8)
+ADDRESS, CODE, STRIDES = 0, 1, 2
+# index arrays: addresses of int64, or 0
+CU_SEQLENS, STATE_INDICES, ACCEPTED, CHECKPOINT_STARTS = range(88, 92)
+# sizes
+B, T, H, HV, K, V, N, SLOTS, INTERVAL = range(92, 101)
+# options; floats as the bits of a float64
+SCALE, EPS, BOUND, RAW_GATE, SIGMOID_BETA, BETA_FACTOR, TILED = range(101, 108)
+# sequences outside of these lengths are left to another kernel
+MIN_LENGTH, MAX_LENGTH = 108, 109
+# work: number of items, parts of a head, scratch (address, bytes a worker)
+ITEMS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 114)
+# the next free item, on a cache line of its own, since all threads write to it
+NEXT = 128
+LENGTH = 144
+
+L2NORM_EPS = 1e-6
+NO_LIMIT = 2**62
+
+
+def put_array(desc, index, view):
+    """Write a view, or nothing for None."""
+    if view is not None:
+        desc[index] = view.address
+        desc[index + CODE] = DTYPES.index(view.dtype)
+        desc[index + STRIDES : index + STRIDES + len(view.strides)] = view.strides
+
+
+def put_float(desc, index, value):
+    """Write the bits of a float64."""
+    desc[index : index + 1].view(np.float64)[0] = value
+
+
+def describe(problem, min_length=0, max_length=None):
+    """Descriptor of a problem, all but the work."""
+    p = problem
+    desc = np.zeros(LENGTH, np.int64)
+    arrays = (p.q, p.k, p.v, p.g, p.beta, p.A_log, p.dt_bias)
+    arrays += (p.initial_state, p.final_state, p.o, p.checkpoints)
+    for i, view in enumerate(arrays):
+        put_array(desc, 8 * i, view)
+    for index, array in (
+        (CU_SEQLENS, p.cu_seqlens),
+        (STATE_INDICES, p.state_indices),
+        (ACCEPTED, p.num_accepted_tokens),
+    ):
+        if array is not None:
+            desc[index] = array.ctypes.data
+    desc[B : N + 1] = p.B, p.T, p.H, p.HV, p.K, p.V, p.N
+    desc[SLOTS] = 0 if p.state_indices is None else p.state_indices.shape[1]
+    desc[INTERVAL] = p.checkpoint_interval
+    put_float(desc, SCALE, p.scale)
+    put_float(desc, EPS, L2NORM_EPS if p.use_qk_l2norm_in_kernel else -1.0)
+    put_float(desc, BOUND, 0.0 if p.lower_bound is None else p.lower_bound)
+    desc[RAW_GATE] = p.use_gate_in_kernel
+    desc[SIGMOID_BETA] = p.use_beta_sigmoid_in_kernel
+    put_float(desc, BETA_FACTOR, 2.0 if p.allow_neg_eigval else 1.0)
+    desc[TILED] = p.head_order == "tiled"
+    desc[MIN_LENGTH] = min_length
+    desc[MAX_LENGTH] = NO_LIMIT if max_length is None else max_length
+    return desc
+
+
+def checkpoint_starts(problem):
+    """Index of the first checkpoint of each sequence."""
+    if problem.cu_seqlens is None:
+        lengths = np.full(problem.N, problem.T, np.int64)
+    else:
+        lengths = np.diff(problem.cu_seqlens)
+    counts = lengths // problem.checkpoint_interval
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+@njit()
+def array_at(desc, index):
+    """Address, dtype code and four byte strides of an array."""
+    return (
+        desc[index],
+        desc[index + 1],
+        desc[index + 2],
+        desc[index + 3],
+        desc[index + 4],
+        desc[index + 5],
+    )
+
+
+@njit()
+def at(x, i, j, k):
+    """Address of ``x[i, j, k]``."""
+    return x[0] + i * x[2] + j * x[3] + k * x[4]
+
+
+@njit()
+def real(desc, index):
+    """Return the float64 option at an index."""
+    return float_of_bits(desc[index])
+
+
+@njit()
+def sequence(desc, n):
+    """Batch index, first token and end of sequence n."""
+    if desc[CU_SEQLENS]:
+        bounds = desc[CU_SEQLENS] + 8 * n
+        return 0, read_int64(bounds), read_int64(bounds + 8)
+    return n, 0, desc[T]
+
+
+@njit()
+def value_head(desc, key_head, j):
+    """Value head number j of a key head."""
+    if desc[TILED]:
+        return key_head + j * desc[H]
+    return key_head * (desc[HV] // desc[H]) + j

@@ -1,0 +1,206 @@
+"""Rows and tiles between the caller's arrays and the kernels' scratch.
+
+Kernels compute in one dtype on padded, contiguous rows of 16 numbers. Arrays come in any of four dtypes
+and with any strides. A row that already is as the kernels want it is used where it lies; the others are
+converted here, a row at a time, so that dtype and layout never multiply the number of compilations.
+"""
+
+import numpy as np
+
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._simd import W, tile
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+
+
+def size_of(code):
+    """Bytes of a number of a dtype code."""
+    return 8 if code == FLOAT64 else 4 if code == FLOAT32 else 2
+
+
+element_size = njit()(size_of)
+
+
+def _dtype_tiles(dtype):
+    @tile
+    def get(e, address) -> "real":
+        return e.load_as(dtype, address, 1)
+
+    @tile
+    def put(e, address, value):
+        e.store_as(dtype, value, address, 1)
+
+    @tile
+    def get_row(e, source, target):
+        e.store(e.load_as(dtype, source, W), target)
+
+    @tile
+    def put_row(e, source, target):
+        e.store_as(dtype, e.load(source), target, W)
+
+    return get, put, get_row, put_row
+
+
+_get_f32, _put_f32, _get_row_f32, _put_row_f32 = _dtype_tiles("float32")
+_get_f64, _put_f64, _get_row_f64, _put_row_f64 = _dtype_tiles("float64")
+_get_f16, _put_f16, _get_row_f16, _put_row_f16 = _dtype_tiles("float16")
+_get_bf16, _put_bf16, _get_row_bf16, _put_row_bf16 = _dtype_tiles("bfloat16")
+
+
+@tile
+def load(e, address) -> "real":
+    """Number of the compute dtype at an address."""
+    return e.scalar(address)
+
+
+@tile
+def save(e, address, value):
+    """Write a number of the compute dtype."""
+    e.store(value, address)
+
+
+@tile
+def fill_row(e, value, target):
+    """16 times the same number."""
+    e.store(e.splat(value), target)
+
+
+@tile
+def copy_rows(e, source, source_step, target, target_step, n):
+    """n >= 1 rows of 16 numbers."""
+
+    def body(_, rows):
+        e.store(e.load(rows[0]), rows[1])
+        return [rows[0] + source_step, rows[1] + target_step]
+
+    e.loop(n, [source, target], body)
+
+
+@njit()
+def get(REAL, code, address):
+    """Return the number of dtype `code` at an address."""
+    if code == FLOAT32:
+        return _get_f32(REAL, address)
+    if code == BFLOAT16:
+        return _get_bf16(REAL, address)
+    if code == FLOAT64:
+        return _get_f64(REAL, address)
+    return _get_f16(REAL, address)
+
+
+@njit()
+def put(REAL, code, address, value):
+    """Round to dtype `code` and write."""
+    if code == FLOAT32:
+        _put_f32(REAL, address, value)
+    elif code == BFLOAT16:
+        _put_bf16(REAL, address, value)
+    elif code == FLOAT64:
+        _put_f64(REAL, address, value)
+    else:
+        _put_f16(REAL, address, value)
+
+
+@njit()
+def _get_16(REAL, code, source, target):
+    if code == FLOAT32:
+        _get_row_f32(REAL, source, target)
+    elif code == BFLOAT16:
+        _get_row_bf16(REAL, source, target)
+    elif code == FLOAT64:
+        _get_row_f64(REAL, source, target)
+    else:
+        _get_row_f16(REAL, source, target)
+
+
+@njit()
+def _put_16(REAL, code, source, target):
+    if code == FLOAT32:
+        _put_row_f32(REAL, source, target)
+    elif code == BFLOAT16:
+        _put_row_bf16(REAL, source, target)
+    elif code == FLOAT64:
+        _put_row_f64(REAL, source, target)
+    else:
+        _put_row_f16(REAL, source, target)
+
+
+@njit()
+def load_row(REAL, SIZE, code, source, step, n, target):
+    """n numbers of dtype `code`, `step` bytes apart, as a row padded with zeros to a multiple of 16."""
+    done = 0
+    if step == element_size(code):
+        while done + W <= n:
+            _get_16(REAL, code, source + done * step, target + done * SIZE)
+            done += W
+    for i in range(done, n):
+        save(REAL, target + i * SIZE, get(REAL, code, source + i * step))
+    for i in range(n, (n + W - 1) // W * W):
+        save(REAL, target + i * SIZE, REAL(0))
+
+
+@njit()
+def store_row(REAL, SIZE, code, source, n, target, step):
+    """Write a row's n numbers as dtype `code`, `step` bytes apart."""
+    done = 0
+    if step == element_size(code):
+        while done + W <= n:
+            _put_16(REAL, code, source + done * SIZE, target + done * step)
+            done += W
+    for i in range(done, n):
+        put(REAL, code, target + i * step, load(REAL, source + i * SIZE))
+
+
+@njit()
+def zero_rows(REAL, SIZE, target, n):
+    """n rows of 16 zeros, one behind the other."""
+    for i in range(n):
+        fill_row(REAL, REAL(0), target + i * W * SIZE)
+
+
+@njit()
+def load_tokens(REAL, SIZE, code, source, token_step, step, n, width, target):
+    """n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
+    row = (width + W - 1) // W * W * SIZE
+    for t in range(n):
+        load_row(REAL, SIZE, code, source + t * token_step, step, width, target + t * row)
+    zero_rows(REAL, SIZE, target + n * row, (W - n) * row // (W * SIZE))
+
+
+@njit()
+def load_columns(REAL, SIZE, code, source, row_step, step, K, n, target, target_step):
+    """n <= 16 columns of a state [K, V] as K rows of 16 numbers, padded with zeros on both sides."""
+    if code == _own_code(SIZE) and step == SIZE and n == W:
+        copy_rows(REAL, source, row_step, target, target_step, K)
+    else:
+        for i in range(K):
+            load_row(REAL, SIZE, code, source + i * row_step, step, n, target + i * target_step)
+    for i in range(K, (K + W - 1) // W * W):
+        fill_row(REAL, REAL(0), target + i * target_step)
+
+
+@njit()
+def store_columns(REAL, SIZE, code, source, source_step, K, n, target, row_step, step):
+    """Write K rows of n <= 16 columns to a state [K, V]."""
+    if code == _own_code(SIZE) and step == SIZE and n == W:
+        copy_rows(REAL, source, source_step, target, row_step, K)
+    else:
+        for i in range(K):
+            store_row(REAL, SIZE, code, source + i * source_step, n, target + i * row_step, step)
+
+
+@njit()
+def _own_code(SIZE):
+    return FLOAT64 if SIZE == 8 else FLOAT32
+
+
+@njit()
+def is_plain(SIZE, code, step, width):
+    """Say whether rows can be used where they lie: compute dtype, contiguous, a multiple of 16 long."""
+    return code == _own_code(SIZE) and step == SIZE and width % W == 0
+
+
+def real_of(dtype):
+    """Return the dtype that arrays of `dtype` are computed in."""
+    return np.float64 if dtype == "float64" else np.float32

@@ -1,0 +1,469 @@
+"""A small emitter of vector code: the only file that knows LLVM.
+
+`tile` turns a Python function ``f(e, *args)`` into a function that kernels call as ``f(REAL, *args)``,
+where ``REAL`` is ``np.float32`` or ``np.float64``. While Numba compiles the kernel, ``f`` runs once with an
+`Emitter` and writes vector instructions: Python loops in it are unrolled code, `Emitter.loop` is a loop.
+Integer arguments are byte addresses and counts, float arguments are of type ``REAL``.
+
+Addresses instead of arrays keep slicing, bounds and array structs out of the inner loops, and one
+compilation serves every array layout.
+"""
+
+import inspect
+import math
+from fractions import Fraction
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+W = 16  # lanes of a tile = tokens of a block = columns of a state strip, for every dtype and machine
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+_LN2 = Fraction("0.693147180559945309417232121458176568")
+
+_AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4", "znver5")
+_AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3")
+
+
+def vector_unit():
+    """Bits and number of the vector registers that Numba compiles for.
+
+    ``NUMBA_CPU_NAME`` decides where it is set: ``haswell`` gives the AVX2 shape of every tile on a machine
+    with AVX-512.
+    """
+    name = numba.config.CPU_NAME
+    if name and name != "host":
+        wide = any(part in name for part in _AVX512_NAMES)
+        avx2 = any(part in name for part in _AVX2_NAMES)
+    else:
+        features = binding.get_host_cpu_features()
+        wide, avx2 = features.get("avx512f", False), features.get("avx2", False)
+    if wide:
+        return 512, 32
+    if avx2:
+        return 256, 16
+    arm = binding.get_default_triple().startswith(("aarch64", "arm64"))
+    return 128, 32 if arm else 16
+
+
+BITS, REGISTERS = vector_unit()
+
+
+def native_lanes(itemsize):
+    """Lanes of one vector register."""
+    return BITS // (8 * itemsize)
+
+
+def tile_rows(itemsize):
+    """Rows of a register tile (``MR``): its accumulators take half of the registers."""
+    return max(1, REGISTERS // 2 * native_lanes(itemsize) // W)
+
+
+class Value:
+    """An integer, a float or a vector of floats while it is computed."""
+
+    __slots__ = ("e", "ir")
+
+    def __init__(self, e, value):
+        self.e, self.ir = e, value
+
+    def _apply(self, op, other, swap=False):
+        other = self.e.like(self, other)
+        a, b = (other, self) if swap else (self, other)
+        floating = not isinstance(self.ir.type, ir.IntType)
+        return Value(self.e, getattr(self.e.b, "f" + op if floating else op)(a.ir, b.ir))
+
+    def __add__(self, other):
+        return self._apply("add", other)
+
+    def __sub__(self, other):
+        return self._apply("sub", other)
+
+    def __rsub__(self, other):
+        return self._apply("sub", other, swap=True)
+
+    def __mul__(self, other):
+        return self._apply("mul", other)
+
+    def __rtruediv__(self, other):
+        return self._apply("div", other, swap=True)
+
+    def __truediv__(self, other):
+        return self._apply("div", other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Emitter:
+    """Writes code for one dtype: `size` bytes an element, `row` bytes a tile row, `lanes` a register."""
+
+    def __init__(self, builder, real):
+        self.b = builder
+        self.real = F64 if real == types.float64 else F32
+        self.size = 8 if real == types.float64 else 4
+        self.row = W * self.size
+        self.lanes = native_lanes(self.size)
+        self.mr = tile_rows(self.size)
+
+    # ---- constants ----
+
+    def like(self, value, x):
+        """Return the number `x` as a constant of the type of `value`."""
+        if isinstance(x, Value):
+            return x
+        kind = value.ir.type
+        if isinstance(kind, ir.VectorType):
+            return Value(self, ir.Constant(kind, [float(x)] * kind.count))
+        return Value(self, ir.Constant(kind, x))
+
+    def integer(self, x):
+        return x if isinstance(x, Value) else Value(self, ir.Constant(I64, x))
+
+    def splat(self, x, lanes=W):
+        """Return a vector with `x`, a number or a float of the code, in every lane."""
+        kind = ir.VectorType(self.real, lanes)
+        if not isinstance(x, Value):
+            return Value(self, ir.Constant(kind, [float(x)] * lanes))
+        zero = ir.Constant(kind, ir.Undefined)
+        v = self.b.insert_element(zero, x.ir, ir.Constant(I32, 0))
+        return Value(self, self.b.shuffle_vector(v, zero, _indices([0] * lanes)))
+
+    # ---- memory ----
+
+    def _pointer(self, address, offset, kind):
+        pointer = self.b.inttoptr(address.ir, I8.as_pointer())
+        if isinstance(offset, Value) or offset:
+            pointer = self.b.gep(pointer, [self.integer(offset).ir])
+        return self.b.bitcast(pointer, kind.as_pointer())
+
+    def _load(self, address, offset, kind):
+        value = self.b.load(self._pointer(address, offset, kind))
+        value.align = 1  # arrays of the caller may be misaligned, and it costs nothing
+        return value
+
+    def load(self, address, offset=0, lanes=W):
+        return Value(self, self._load(address, offset, ir.VectorType(self.real, lanes)))
+
+    def scalar(self, address, offset=0):
+        return Value(self, self._load(address, offset, self.real))
+
+    def bcast(self, address, offset=0, lanes=W):
+        return self.splat(self.scalar(address, offset), lanes)
+
+    def store(self, value, address, offset=0):
+        self.b.store(value.ir, self._pointer(address, offset, value.ir.type)).align = 1
+
+    def prefetch(self, address, write=False):
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        pointer = self.b.inttoptr(address.ir, I8.as_pointer())
+        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (int(write), 3, 1))])
+
+    # ---- dtypes in memory: "float32" "float64" "float16" "bfloat16" ----
+
+    def load_as(self, dtype, address, lanes):
+        """Load `lanes` numbers of `dtype` (1: a scalar) and convert them."""
+        if dtype == "bfloat16":
+            bits = self.b.zext(self._load(address, 0, _shape(I16, lanes)), _shape(I32, lanes))
+            bits = self.b.shl(bits, _constant(I32, lanes, 16))
+            return self._convert(self.b.bitcast(bits, _shape(F32, lanes)), lanes)
+        return self._convert(self._load(address, 0, _shape(_STORED[dtype], lanes)), lanes)
+
+    def store_as(self, dtype, value, address, lanes):
+        """Round `value` to `dtype`, to nearest even, and store it."""
+        kind = _shape(_STORED.get(dtype, F32), lanes)
+        x = _resize(self.b, value.ir, kind)
+        if dtype == "bfloat16":
+            x = self._bfloat16_bits(x, lanes)
+        self.b.store(x, self._pointer(address, 0, x.type)).align = 1
+
+    def _convert(self, x, lanes):
+        return Value(self, _resize(self.b, x, _shape(self.real, lanes)))
+
+    def _bfloat16_bits(self, x, lanes):
+        b = self.b
+        bits = b.bitcast(x, _shape(I32, lanes))
+
+        def number(n):
+            return _constant(I32, lanes, n)
+
+        odd = b.and_(b.lshr(bits, number(16)), number(1))
+        rounded = b.lshr(b.add(b.add(bits, odd), number(0x7FFF)), number(16))
+        # rounding could carry a NaN into infinity or zero: keep its sign and make it quiet
+        nan = b.or_(b.lshr(bits, number(16)), number(0x40))
+        return b.trunc(
+            b.select(b.fcmp_unordered("uno", x, x), nan, rounded), _shape(I16, lanes)
+        )
+
+    # ---- arithmetic ----
+
+    def _intrinsic(self, name, *args):
+        kind = args[0].ir.type
+        suffix = "f64" if self.real == F64 else "f32"
+        if isinstance(kind, ir.VectorType):
+            suffix = f"v{kind.count}{suffix}"
+        function = ir.FunctionType(kind, [kind] * len(args))
+        function = cgutils.get_or_insert_function(self.b.module, function, f"llvm.{name}.{suffix}")
+        return Value(self, self.b.call(function, [a.ir for a in args]))
+
+    def fma(self, a, b, c):
+        """Return ``a * b + c`` with one rounding."""
+        return self._intrinsic("fma", a, b, c)
+
+    def sqrt(self, x):
+        return self._intrinsic("sqrt", x)
+
+    def abs(self, x):
+        return self._intrinsic("fabs", x)
+
+    def select(self, a, less_than, b, then, other):
+        """Return ``then if a < b else other``, lane by lane; a NaN compares false."""
+        a, b = a, self.like(a, b)
+        mask = self.b.fcmp_ordered(less_than, a.ir, b.ir)
+        return Value(self, self.b.select(mask, self.like(a, then).ir, self.like(a, other).ir))
+
+    def shuffle(self, a, b, indices):
+        return Value(self, self.b.shuffle_vector(a.ir, b.ir, _indices(indices)))
+
+    def set_lane(self, x, lane, number):
+        """Replace one lane, whatever it holds, NaN too."""
+        n = x.ir.type.count
+        return self.shuffle(x, self.splat(number, n), [n if i == lane else i for i in range(n)])
+
+    def shift(self, x, by, fill):
+        """Move lane ``i - by`` to lane ``i``; `fill` where there is none."""
+        n = x.ir.type.count
+        sources = [i - by if 0 <= i - by < n else n for i in range(n)]
+        return self.shuffle(x, self.splat(fill, n), sources)
+
+    def exp(self, x):
+        """e^x to about 1 ulp: exactly 0 for -inf and large negative x, inf for large x, NaN for NaN.
+
+        ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: a Taylor polynomial of e^r, times 2^n in two steps so
+        that results below the normal range come out right. Adding a large number rounds to an integer
+        without a conversion, which would be undefined for NaN.
+        """
+        double = self.real == F64
+        low, high, degree = (-746.0, 710.0, 13) if double else (-105.0, 89.0, 7)
+        magic, bias, mantissa = (1.5 * 2.0**52, 1023, 52) if double else (1.5 * 2.0**23, 127, 23)
+        # n times the high part is exact
+        ln2_high = Fraction(math.floor(_LN2 * 2 ** (32 if double else 15)), 2 ** (32 if double else 15))
+        x = self.select(x, "<", low, low, x)
+        x = self.select(x, ">", high, high, x)
+        shifted = self.fma(x, self.like(x, 1 / math.log(2)), self.like(x, magic))
+        n = shifted - magic
+        r = self.fma(n, self.like(x, -float(ln2_high)), x)
+        r = self.fma(n, self.like(x, -float(_LN2 - ln2_high)), r)
+        p = self.like(x, 1 / math.factorial(degree))
+        for i in reversed(range(degree)):
+            p = self.fma(p, r, self.like(x, 1 / math.factorial(i)))
+        whole = I64 if double else I32
+        lanes = x.ir.type.count
+        origin = int(np.array(magic, np.float64 if double else np.float32).view(f"i{self.size}"))
+        bits = self.b.bitcast(shifted.ir, _shape(whole, lanes))
+        bits = self.b.sub(bits, _constant(whole, lanes, origin))
+        first = self.b.ashr(bits, _constant(whole, lanes, 1))
+        for part in (first, self.b.sub(bits, first)):
+            power = self.b.add(part, _constant(whole, lanes, bias))
+            power = self.b.shl(power, _constant(whole, lanes, mantissa))
+            p = p * Value(self, self.b.bitcast(power, x.ir.type))
+        return p
+
+    def softplus(self, x):
+        """log(1 + e^x) = max(x, 0) + log1p(y) with y = e^-|x|, to a few ulp however small it is.
+
+        ``log1p(y) = 2 artanh(s)`` with ``s = y / (2 + y) <= 1/3``, whose series ends early.
+        """
+        y = self.exp(self.abs(x) * -1.0)
+        s = y / (y + 2.0)
+        square = s * s
+        terms = 17 if self.real == F64 else 8
+        p = self.like(x, 1 / (2 * terms + 1))
+        for i in reversed(range(terms)):
+            p = self.fma(p, square, self.like(x, 1 / (2 * i + 1)))
+        return self.fma(s * 2.0, p, self.select(x, "<", 0.0, 0.0, x))
+
+    def sigmoid(self, x):
+        return 1.0 / (self.exp(x * -1.0) + 1.0)
+
+    def transpose(self, rows):
+        """Transpose a square of register vectors by log2(n) rounds of two-input shuffles."""
+        rows, n, step = list(rows), len(rows), 1
+        while step < n:
+            low, high = _pairing(n, step)
+            for i in range(n):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+            step *= 2
+        return rows
+
+    def sum_lanes(self, rows):
+        """Lane i of the result is the sum over the lanes of ``rows[i]``, in a fixed order."""
+        n, step = len(rows), 1
+        while step < n:
+            low, high = _pairing(n, step)
+            rows = [
+                self.shuffle(rows[i], rows[i + step], low) + self.shuffle(rows[i], rows[i + step], high)
+                if not i % (2 * step)
+                else None
+                for i in range(n)
+            ]
+            step *= 2
+        return rows[0]
+
+    def total(self, x):
+        """Sum of the lanes of a vector, as a float."""
+        while x.ir.type.count > 1:
+            n = x.ir.type.count
+            halves = list(range(n // 2)), list(range(n // 2, n))
+            x = self.shuffle(x, x, halves[0]) + self.shuffle(x, x, halves[1])
+        return Value(self, self.b.extract_element(x.ir, ir.Constant(I32, 0)))
+
+    # ---- control ----
+
+    def loop(self, n, carried, body, step=1, maybe_empty=False):
+        """Emit ``for i in range(0, n, step): carried = body(i, carried)`` and return the last values.
+
+        n is at least 1 unless `maybe_empty` says that this has to be looked at.
+        """
+        b = self.b
+        end = self.integer(n).ir
+        before = b.block
+        head, done = b.append_basic_block("loop"), b.append_basic_block("done")
+        if maybe_empty:
+            b.cbranch(b.icmp_signed("<", ir.Constant(I64, 0), end), head, done)
+        else:
+            b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(I64)
+        i.add_incoming(ir.Constant(I64, 0), before)
+        phis = [b.phi(value.ir.type) for value in carried]
+        for phi, value in zip(phis, carried):
+            phi.add_incoming(value.ir, before)
+        results = body(Value(self, i), [Value(self, phi) for phi in phis])
+        following = b.add(i, self.integer(step).ir, flags=("nsw", "nuw"))
+        last = b.block
+        i.add_incoming(following, last)
+        for phi, value in zip(phis, results):
+            phi.add_incoming(value.ir, last)
+        b.cbranch(b.icmp_signed("<", following, end), head, done)
+        b.position_at_end(done)
+        if not maybe_empty:
+            return results
+        merged = []
+        for value, result in zip(carried, results):
+            phi = b.phi(value.ir.type)
+            phi.add_incoming(value.ir, before)
+            phi.add_incoming(result.ir, last)
+            merged.append(Value(self, phi))
+        return merged
+
+
+_STORED = {"float16": HALF, "float32": F32, "float64": F64}
+
+
+def _shape(kind, lanes):
+    return kind if lanes == 1 else ir.VectorType(kind, lanes)
+
+
+def _constant(kind, lanes, x):
+    return ir.Constant(kind, x) if lanes == 1 else ir.Constant(ir.VectorType(kind, lanes), [x] * lanes)
+
+
+def _indices(indices):
+    return ir.Constant(ir.VectorType(I32, len(indices)), list(indices))
+
+
+def _bits(kind):
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    return {HALF: 16, F32: 32, F64: 64}[element]
+
+
+def _resize(builder, x, kind):
+    """Convert between float types of different width."""
+    have, want = _bits(x.type), _bits(kind)
+    if have == want:
+        return x
+    if {have, want} == {16, 64}:
+        # by way of float32: processors convert to half precision from there only
+        single = ir.VectorType(F32, kind.count) if isinstance(kind, ir.VectorType) else F32
+        x = _resize(builder, x, single)
+    return builder.fpext(x, kind) if have < want else builder.fptrunc(x, kind)
+
+
+def _pairing(n, step):
+    """Lanes of a pair of vectors (a, b) that go to the two outputs of one round of a transpose."""
+    low = [j if not j & step else n + j - step for j in range(n)]
+    high = [j + step if not j & step else n + j for j in range(n)]
+    return low, high
+
+
+def tile(function):
+    """Make a kernel function ``f(REAL, *args)`` of an emitter function ``f(e, *args)``.
+
+    The emitter function returns nothing, or a float of the code as the result.
+    """
+    names = list(inspect.signature(function).parameters)[1:]
+    returns = function.__annotations__.get("return") == "real"
+
+    def typing(real, args):
+        real = real.dtype
+        signature = [real if isinstance(a, types.Float) else types.int64 for a in args]
+        result = real if returns else types.void
+
+        def codegen(context, builder, signature, values):
+            e = Emitter(builder, real)
+            value = function(e, *(Value(e, v) for v in values[1:]))
+            return value.ir if returns else context.get_dummy_value()
+
+        return result(types.NumberClass(real), *signature), codegen
+
+    # intrinsic wants a function with as many named arguments as the call has
+    arguments = ", ".join(names)
+    source = (
+        f"def {function.__name__}(typingctx, real, {arguments}):\n"
+        f"    return typing(real, [{arguments}])\n"
+    )
+    namespace = {"typing": typing}
+    exec(compile(source, f"<tile {function.__name__}>", "exec"), namespace)
+    made = namespace[function.__name__]
+    made.__module__, made.__doc__ = function.__module__, function.__doc__
+    return intrinsic(made)
+
+
+@intrinsic
+def claim(typingctx, desc, index):
+    """Add 1 to ``desc[index]`` as one step among all threads; return the value before."""
+
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.gep(array.data, [args[1]])
+        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "seq_cst")
+
+    return types.int64(desc, types.int64), codegen
+
+
+@intrinsic
+def float_of_bits(typingctx, bits):
+    """Reinterpret an int64 as the float64 with the same bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], F64)
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def read_int64(typingctx, address):
+    """Return the int64 at an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], I64.as_pointer()))
+
+    return types.int64(types.int64), codegen

@@ -1,0 +1,268 @@
+"""Make Hugging Face transformers models use the kernels.
+
+``enable()`` puts nbdelta behind the functions that the models call for their linear attention,
+``disable()`` takes it away again. Both act on the modules of transformers, so a model made
+before or after behaves the same, and a model class imported later is served too.
+"""
+
+import functools
+import importlib.util
+import re
+import sys
+import threading
+import warnings
+from importlib.machinery import PathFinder
+
+import nbdelta
+
+__all__ = ["disable", "enable"]
+
+_MODELING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
+_REQUIRED = ("query", "key", "value", "g", "beta")
+_OPTIONAL = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
+# how models name the boundaries of packed sequences: some rename, some hand their own on
+_PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+
+_lock = threading.RLock()
+_originals = {}  # (module name, function name) -> (module, original, served)
+_said = set()
+
+
+class _Enabled:
+    """What ``enable()`` returns: leaving its block restores what was there before it."""
+
+    def __init__(self, was_enabled):
+        self._was_enabled = was_enabled
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if not self._was_enabled:
+            disable()
+
+
+def enable():
+    """Let transformers models run their linear attention through nbdelta.
+
+    Serves every model of the installed transformers that calls the gated delta rule or Kimi delta
+    attention by the library's usual names: Qwen3-Next, Qwen3.5 (dense and MoE), OLMo-Hybrid,
+    Kimi-Linear, GLM-5-Next and relatives. Models made before the call are served as well.
+
+    Calls with tensors that are not on the CPU, or that require a gradient while gradients are on,
+    go to the function that was there before, and a warning says so once. Packed sequences
+    (``cu_seq_lens_q`` or ``seq_idx`` in the model's call), which the PyTorch functions of
+    transformers refuse or mix up, are kept apart, in the short convolution before the rule too.
+
+    Returns
+    -------
+    context manager
+        ``with enable(): ...`` disables at the end of the block, unless an outer ``enable()`` is
+        still in force. As a plain call the result may be dropped.
+
+    See Also
+    --------
+    disable : restore every function.
+
+    Examples
+    --------
+    >>> import nbdelta.transformers
+    >>> with nbdelta.transformers.enable():
+    ...     model.generate(input_ids)  # doctest: +SKIP
+    """
+    if "transformers" not in sys.modules and importlib.util.find_spec("transformers") is None:
+        raise ImportError("nbdelta.transformers.enable() needs transformers: pip install transformers")
+    with _lock:
+        was_enabled = _hook in sys.meta_path
+        if not was_enabled:
+            # before the scan, so that a module imported meanwhile is not missed
+            sys.meta_path.insert(0, _hook)
+        for name, module in list(sys.modules.items()):
+            if _MODELING.fullmatch(name):
+                _patch(module)
+    return _Enabled(was_enabled)
+
+
+def disable():
+    """Restore every function that ``enable()`` replaced; without effect when nothing is enabled."""
+    with _lock:
+        if _hook in sys.meta_path:
+            sys.meta_path.remove(_hook)
+        for (_, name), (module, original, served) in _originals.items():
+            # someone else may have replaced the function since: theirs stays
+            if vars(module).get(name) is served:
+                setattr(module, name, original)
+        _originals.clear()
+        _said.clear()
+
+
+class _ImportHook:
+    """Patches the modeling modules of transformers that are imported while enabled."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if not _MODELING.fullmatch(fullname):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                with _lock:
+                    if self in sys.meta_path:
+                        _patch(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+_hook = _ImportHook()
+
+
+def _patch(module):
+    rules = {name: serve for name, serve in _RULES.items() if name in vars(module)}
+    if not rules:
+        return
+    for name, serve in {**rules, "causal_conv1d_fn": _serve_packed_convolution}.items():
+        original = vars(module).get(name)
+        if original is None or (module.__name__, name) in _originals:
+            continue
+        served = serve(original)
+        _originals[module.__name__, name] = (module, original, served)
+        setattr(module, name, served)
+
+
+def _serve_rule(function, positional):
+    """Make the decorator that puts the public function of that name before the original."""
+
+    def serve(original):
+        @functools.wraps(original)
+        def served(*args, **kwargs):
+            given = dict(zip(positional, args))
+            given.update(kwargs)
+            if not all(name in given for name in _REQUIRED):
+                return original(*args, **kwargs)
+            reason = _rejection_reason(given)
+            if reason is not None:
+                _say_once(reason)
+                return original(*args, **kwargs)
+            state = given.get("initial_state")
+            query = given["query"]
+            if state is not None and state.dtype not in (_torch().float32, query.dtype):
+                # the functions of transformers keep the state in float32 whatever they are given
+                state = state.float()
+            return getattr(nbdelta, function)(
+                query,
+                given["key"],
+                given["value"],
+                given["g"],
+                given["beta"],
+                initial_state=state,
+                output_final_state=bool(given.get("output_final_state")),
+                use_qk_l2norm_in_kernel=bool(given.get("use_qk_l2norm_in_kernel")),
+                cu_seqlens=_boundaries(given),
+            )
+
+        return served
+
+    return serve
+
+
+def _serve_packed_convolution(original):
+    """Keep packed sequences apart in the short convolution; any other call is the original's.
+
+    Zeros between the sequences, as many as the convolution looks back, make one call of the
+    original on the spread-out row equal to a call for each sequence.
+    """
+
+    @functools.wraps(original)
+    def served(hidden_states, weight, *args, **kwargs):
+        cu_seqlens = _boundaries(kwargs)
+        alone = hidden_states.shape[0] == 1 and hidden_states.device.type == "cpu"
+        if cu_seqlens is None or not alone or _is_tracing():
+            return original(hidden_states, weight, *args, **kwargs)
+        torch = _torch()
+        length, look_back = hidden_states.shape[-1], weight.shape[-1] - 1
+        # a cache puts what it kept of earlier tokens in front: that belongs to the first sequence
+        kept = length - int(cu_seqlens[-1])
+        starts = cu_seqlens[1:-1].to(torch.int64) + kept
+        if kept < 0 or (starts < 0).any() or (starts > length).any():
+            raise ValueError(
+                f"cu_seqlens: boundaries from 0 to the number of tokens ({length}) expected, "
+                f"got {cu_seqlens.tolist()}"
+            )
+        token = torch.arange(length)
+        place = token + look_back * torch.searchsorted(starts, token, right=True)
+        spread = hidden_states.new_zeros(*hidden_states.shape[:2], length + look_back * len(starts))
+        spread[..., place] = hidden_states
+        kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
+        return original(spread, weight, *args, **kwargs)[..., place]
+
+    return served
+
+
+_CHUNK = (*_REQUIRED, "chunk_size", *_OPTIONAL)
+_RECURRENT = (*_REQUIRED, *_OPTIONAL)
+_RULES = {
+    "torch_chunk_gated_delta_rule": _serve_rule("gated_delta_rule", _CHUNK),
+    "torch_recurrent_gated_delta_rule": _serve_rule("fused_recurrent_gated_delta_rule", _RECURRENT),
+    "chunk_kimi_delta_attention": _serve_rule("gated_delta_rule", _CHUNK),
+    "recurrent_kimi_delta_attention": _serve_rule("fused_recurrent_kda", _RECURRENT),
+}
+
+
+def _rejection_reason(given):
+    """Say why nbdelta does not serve this call, or ``None``."""
+    torch = _torch()
+    tensors = [given[name] for name in _REQUIRED]
+    if given.get("initial_state") is not None:
+        tensors.append(given["initial_state"])
+    for x in tensors:
+        # subclasses (fake, distributed, quantised) have no memory to hand to a kernel
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            return f"got a {type(x).__name__} where a plain tensor is needed"
+        if x.device.type != "cpu":
+            return f"the tensors are on {x.device}, and nbdelta serves the CPU alone so far"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "the tensors require a gradient (torch.no_grad() or torch.inference_mode() helps)"
+    dtypes = {given[name].dtype for name in ("query", "key", "value")}
+    if len(dtypes) > 1:
+        return f"query, key and value have different dtypes ({', '.join(map(str, dtypes))})"
+    if len(given["query"]) != 1 and any(given.get(name) is not None for name in _PACKED):
+        return f"packed sequences need a batch of 1, got {len(given['query'])}"
+    if _is_tracing():
+        return "torch is compiling or tracing the model"
+    return None
+
+
+def _boundaries(given):
+    """``cu_seqlens`` from whichever way the model has of saying it, or ``None``."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if given.get(name) is not None:
+            return given[name]
+    seq_idx = given.get("seq_idx")
+    if seq_idx is None:
+        return None
+    torch = _torch()
+    changes = 1 + torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten()
+    return torch.cat([changes.new_zeros(1), changes, changes.new_tensor([seq_idx.shape[1]])])
+
+
+def _is_tracing():
+    torch = _torch()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _say_once(reason):
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"nbdelta: {reason}; the function that transformers had before enable() runs instead",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _torch():
+    # nothing is served before transformers has imported torch
+    return sys.modules["torch"]

@@ -1,0 +1,168 @@
+"""Calls that several test files make: shapes, one call per option, memory layouts, comparisons."""
+
+import numpy as np
+
+from nbdelta.testing import Shape, allowed_error, as_dtype, make_inputs, rel_l2
+
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+GATES = ["gda", "kda"]
+FORWARD = ["gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
+
+# every length around a chunk edge, and head sizes that models use or that fit no vector
+SHAPES = [
+    Shape(1, 1, 1, 1, 1, 1),
+    Shape(1, 2, 1, 1, 128, 128),
+    Shape(2, 15, 1, 2, 7, 16),
+    Shape(1, 16, 2, 2, 16, 7),
+    Shape(2, 17, 2, 6, 16, 1),
+    Shape(1, 63, 1, 2, 64, 96),
+    Shape(1, 64, 2, 4, 96, 192),
+    Shape(1, 65, 2, 2, 60, 100),
+    Shape(2, 100, 1, 3, 100, 60),
+    Shape(1, 257, 2, 4, 128, 128),
+    Shape(1, 70, 1, 1, 192, 256),
+    Shape(1, 33, 1, 2, 256, 128),
+]
+
+# a length-0 sequence first, inside and last, two length-1 sequences, and some over a chunk
+PACKED_LENGTHS = [0, 1, 64, 0, 17, 1, 65, 3, 0]
+
+# one call per option; those with "raw" in their name hand over gates or betas before activation
+OPTIONS = [
+    "plain",
+    "no-gate",
+    "no-beta",
+    "scale",
+    "l2norm",
+    "raw-gate",
+    "raw-gate-A_log",
+    "raw-gate-dt_bias",
+    "raw-gate-dt_bias-per-channel",
+    "raw-gate-lower_bound",
+    "raw-beta",
+    "raw-beta-doubled",
+    "initial-state",
+    "initial-state-v-first",
+    "tiled-heads",
+    "packed",
+    "packed-initial-state",
+    "checkpoints",
+    "checkpoints-v-first",
+    "packed-checkpoints",
+    "everything",
+]
+
+
+def cu_seqlens(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def arguments(option, shape, gate, dtype="float32", seed=0, **kwargs):
+    """Return the keyword arguments of one call that uses an option of `OPTIONS`."""
+    everything = option == "everything"
+    packed = option.startswith("packed") or everything
+    shape = Shape(*shape)
+    if packed:
+        shape = shape._replace(B=1, T=sum(PACKED_LENGTHS))
+    n = len(PACKED_LENGTHS) if packed else shape.B
+    states = n if "initial-state" in option or everything else None
+    call = make_inputs(seed, *shape, gate, dtype=dtype, states=states, **kwargs)
+    call["output_final_state"] = True
+    rng = np.random.default_rng(seed + 1)
+
+    def normal(*size):
+        return rng.standard_normal(size).astype(np.float32)
+
+    if option == "no-gate":
+        call["g"] = None
+    if option == "no-beta":
+        call["beta"] = None
+    if option == "scale" or everything:
+        call["scale"] = 0.3
+    if option == "l2norm" or everything:
+        call["use_qk_l2norm_in_kernel"] = True
+        for name in "qk":
+            call[name] = as_dtype(3.0 * rng.standard_normal(call[name].shape), dtype)
+    if option.startswith("raw-gate") or everything:
+        call["use_gate_in_kernel"] = True
+        call["g"] = normal(*call["g"].shape) - np.float32(2.0)
+        if option != "raw-gate":
+            call["A_log"] = normal(shape.HV)
+        if "dt_bias" in option or everything:
+            per_channel = "per-channel" in option and gate == "kda"
+            call["dt_bias"] = normal(shape.HV * shape.K if per_channel else shape.HV)
+        if "lower_bound" in option:
+            call["lower_bound"] = -5.0
+    if option.startswith("raw-beta") or everything:
+        call["use_beta_sigmoid_in_kernel"] = True
+        call["beta"] = normal(*call["beta"].shape)
+        call["allow_neg_eigval"] = option != "raw-beta"
+    if "v-first" in option or everything:
+        call["state_v_first"] = True
+        if "initial_state" in call:
+            call["initial_state"] = np.ascontiguousarray(call["initial_state"].swapaxes(-1, -2))
+    if option == "tiled-heads" or everything:
+        call["head_order"] = "tiled"
+    if packed:
+        call["cu_seqlens"] = cu_seqlens(PACKED_LENGTHS)
+    if "checkpoints" in option or everything:
+        # neither a divisor nor a multiple of a chunk
+        call["checkpoint_interval"] = 13
+    return call
+
+
+LAYOUTS = ["transposed", "reversed", "padded", "fortran", "unaligned", "readonly"]
+
+
+def relayout(x, layout):
+    """Return the same numbers in another memory layout, with NaN between them if there are gaps."""
+    if x is None or layout is None:
+        return x
+    if layout == "transposed":
+        return np.ascontiguousarray(x.swapaxes(1, -1)).swapaxes(1, -1)
+    if layout == "reversed":
+        return np.flip(np.ascontiguousarray(np.flip(x)))
+    if layout == "padded":
+        wide = np.full([2 * n + 3 for n in x.shape], np.nan).astype(x.dtype)
+        view = wide[tuple(slice(1, 1 + 2 * n, 2) for n in x.shape)]
+        view[...] = x
+        return view
+    if layout == "fortran":
+        return np.asfortranarray(x)
+    if layout == "unaligned":
+        memory = np.zeros(x.nbytes + 1, np.uint8)
+        view = memory[1:].view(x.dtype).reshape(x.shape)
+        view[...] = x
+        return view
+    if layout == "readonly":
+        x = x.copy()
+        x.flags.writeable = False
+        return x
+    raise ValueError(layout)
+
+
+def assert_matches(result, reference, dtype, *, state_dtype=None, hard_gates=False):
+    """Compare ``(o, final_state[, checkpoints])`` with the reference, head by head."""
+    if state_dtype is None:
+        state_dtype = "float64" if dtype == "float64" else "float32"
+    assert len(result) == len(reference)
+    names = ["o", "final_state", "checkpoints"]
+    expected = [dtype, state_dtype, state_dtype]
+    for i, (x, ref) in enumerate(zip(result, reference, strict=True)):
+        if ref is None:
+            assert x is None, names[i]
+            continue
+        assert x.dtype.name == expected[i], names[i]
+        assert x.shape == ref.shape, names[i]
+        head_axis = 2 if i == 0 else 1
+        error = rel_l2(x, ref, head_axis)
+        allowed = allowed_error(ref, expected[i], head_axis, hard_gates=hard_gates)
+        assert error <= allowed, f"{names[i]}: relative error {error:.2e} > {allowed:.2e}"
+
+
+def assert_same_bits(x, y, message=""):
+    """Compare two arrays bit by bit."""
+    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+    assert x.shape == y.shape and x.dtype == y.dtype
+    different = np.atleast_1d(x.view(np.uint8) != y.view(np.uint8))
+    assert not different.any(), f"{message} {different.sum()} bytes differ"
