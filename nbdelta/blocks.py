@@ -13,13 +13,15 @@ from nbdelta.checks import (
     finite_real,
     flag,
     in_letters,
-    index_array,
+    index_view,
     integer,
     positive_int,
+    read_indices,
     wrong_shape,
 )
 from nbdelta.dispatch import expect_one_device
-from nbdelta.problem import check_cu_seqlens, expect_dt_bias, see_dt_bias
+from nbdelta.problem import check_cu_seqlens
+from nbdelta.structure import expect_dt_bias, see_dt_bias
 
 
 def prepare_cumsum(
@@ -52,7 +54,7 @@ def prepare_cumsum(
     expect_one_device(("x", "out"), (source, target))
     cu = None
     if cu_seqlens is not None:
-        cu = index_array(cu_seqlens, "cu_seqlens", "[N + 1]", (1,))
+        cu = _read_cu_seqlens(cu_seqlens)
 
     expect_float(source, "x")
     ndim = len(source.shape)
@@ -75,7 +77,7 @@ def prepare_cumsum(
             raise wrong_shape("out", expected, target.shape)
         expect_writable(target, "out")
         if not _same(source, target):  # in place
-            expect_apart(target, "out", [("x", source)])
+            _expect_apart(target, ("x",), (source,))
     else:
         target = empty(source, source.shape, "float32")
     return source, target, size, axis, reverse, factor, cu
@@ -101,7 +103,7 @@ def prepare_solve_tril(
     expect_one_device(("A", "out"), (source, target))
     cu = None
     if cu_seqlens is not None:
-        cu = index_array(cu_seqlens, "cu_seqlens", "[N + 1]", (1,))
+        cu = _read_cu_seqlens(cu_seqlens)
     expect_float(source, "A")
     if len(source.shape) != 4 or source.shape[3] not in (16, 32, 64):
         raise wrong_shape("A", "[B, T, H, BT] with BT = 16, 32 or 64", source.shape)
@@ -110,7 +112,7 @@ def prepare_solve_tril(
             got = brackets(source.shape)
             raise ValueError(f"cu_seqlens: needs B = 1 (packed sequences), got A {got}")
         check_cu_seqlens(cu, source.shape[1])
-    target = _result(target, source, "A", "B T H BT", source.shape, [("A", source)])
+    target = _result(target, source, "A", "B T H BT", source.shape, ("A",), (source,))
     return source, target, cu
 
 
@@ -148,9 +150,9 @@ def prepare_solve_triangular(
             f"b: expected batch axes that broadcast with those of L {brackets(lower.shape)}, "
             f"got {brackets(right.shape)}"
         )
-    inputs = [("L", lower), ("b", right)]
-    target = _result(target, right, "b", "... n m", (*batch, n, m), inputs)
-    return _repeat(lower, (*batch, n, n)), _repeat(right, (*batch, n, m)), target, unit
+    shape = (*batch, n, m)
+    target = _result(target, right, "b", "... n m", shape, ("L", "b"), (lower, right))
+    return _repeat(lower, (*batch, n, n)), _repeat(right, shape), target, unit
 
 
 def prepare_gate(
@@ -198,7 +200,8 @@ def _result(
     like_name: str,
     letters: str,
     shape: tuple[int, ...],
-    inputs: list[tuple[str, View]],
+    names: tuple[str, ...],
+    inputs: tuple[View, ...],
 ) -> View:
     """Return the user's `out` once it is found fit, else a new array like `like`."""
     if out is None:
@@ -207,8 +210,20 @@ def _result(
     expect_dtype(out, "out", like.dtype, f"as {like_name}")
     expect_shape(out, "out", letters, shape)
     expect_writable(out, "out")
-    expect_apart(out, "out", inputs)
+    _expect_apart(out, names, inputs)
     return out
+
+
+def _expect_apart(out: View, names: tuple[str, ...], inputs: tuple[View, ...]) -> None:
+    arrays = (out, *inputs)
+    expect_apart(("out", *names), arrays, [x.extent() for x in arrays], 0)
+
+
+def _read_cu_seqlens(x: object) -> IndexArray:
+    seen = index_view(x, "cu_seqlens")
+    if len(seen.shape) != 1 or seen.shape[0] < 1:
+        raise wrong_shape("cu_seqlens", "[N + 1] with N >= 0", seen.shape)
+    return read_indices(seen, "cu_seqlens")
 
 
 def _same(x: View, y: View) -> bool:

@@ -64,17 +64,30 @@ def expect_writable(x: View, name: str) -> None:
         )
 
 
-def expect_apart(written: View, name: str, others: Sequence[tuple[str, View | None]]) -> None:
-    """Raise when the byte range of `written` meets that of another array."""
-    low, high = written.byte_range()
-    for other_name, other in others:
-        if other is not None:
-            start, end = other.byte_range()
+def expect_apart(
+    names: Sequence[str],
+    arrays: Sequence[View | None],
+    extents: Sequence[tuple[int, int] | None],
+    written: int,
+) -> None:
+    """Raise when the bytes of array number `written` meet those of another one.
+
+    The ranges from first to last byte are compared, so views that interleave count as meeting.
+    """
+    low, high = _byte_range(arrays[written], extents[written])
+    for i, x in enumerate(arrays):
+        if x is not None and i != written:
+            start, end = _byte_range(x, extents[i])
             if start < high and low < end:
                 raise ValueError(
-                    f"{name}: is written to, but shares memory with {other_name} "
-                    f"(bytes {low:#x} to {high:#x} and {start:#x} to {end:#x})"
+                    f"{names[written]}: is written to, but shares memory with {names[i]} (bytes "
+                    f"{low:#x} to {high:#x} and {start:#x} to {end:#x})"
                 )
+
+
+def _byte_range(x: View | None, extent: tuple[int, int] | None) -> tuple[int, int]:
+    assert x is not None and extent is not None
+    return x.address + extent[0], x.address + extent[1]
 
 
 def expect_like(out: View, name: str, like: View, like_name: str) -> None:
@@ -124,6 +137,8 @@ def finite_real(x: object, name: str) -> float:
 
 def one_of(x: object, name: str, choices: tuple[object, ...]) -> Any:
     """Return the choice that `x` is, or raise; types are told apart (True is not 1)."""
+    if type(x) is str and x in choices:
+        return x
     kinds = tuple({type(c) for c in choices if c is not None})
     if x is None and None in choices:
         return None
@@ -137,24 +152,24 @@ def one_of(x: object, name: str, choices: tuple[object, ...]) -> Any:
     raise ValueError(f"{name}: expected {_list(choices)}, got {x!r}")
 
 
-def index_array(x: object, name: str, letters: str, ndims: tuple[int, ...]) -> IndexArray:
-    """Return a private contiguous int64 copy of an array or sequence of integers.
-
-    A copy, because the kernels trust what was checked, and the caller's memory may change.
-    """
+def index_view(x: object, name: str) -> View:
+    """Return an array of integers, or a sequence of them, as a view."""
     if isinstance(x, list | tuple):
-        array = _from_sequence(x, name)
-    else:
-        seen = view(x, name)
-        if seen.dtype not in INTEGERS:
-            raise TypeError(f"{name}: expected integers, got {seen.dtype}")
-        if seen.device != "cpu":
-            raise ValueError(f"{name}: expected a host array, got one on {seen.device}")
-        array = as_numpy(seen, name)
-    if array.ndim not in ndims:
-        raise wrong_shape(name, letters, array.shape)
-    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: {int(array.max())} is out of range")
+        return view(_from_sequence(x, name), name)
+    seen = view(x, name)
+    if seen.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected integers, got {seen.dtype}")
+    return seen
+
+
+def read_indices(x: View, name: str) -> IndexArray:
+    """Return a contiguous int64 copy of an array of integers.
+
+    A copy, because kernels trust what was checked, and the caller's memory may change.
+    """
+    array = as_numpy(x, name)
+    if x.dtype == "uint64" and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: {array.max()} is out of range")
     return np.array(array, np.int64, order="C")
 
 

@@ -28,7 +28,8 @@ def expect_one_device(names: Sequence[str], arrays: Sequence[View | None]) -> No
     RuntimeError
         When the device cannot be served, with the reason.
     """
-    device = next(x.device for x in arrays if x is not None)
+    assert arrays[0] is not None
+    device = arrays[0].device
     for x in arrays:
         if x is not None and x.device != device:
             where = [f"{n} on {a.device}" for n, a in zip(names, arrays, strict=True) if a]

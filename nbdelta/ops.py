@@ -75,8 +75,8 @@ def gated_delta_rule(
         `lower_bound` ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
     A_log : array, shape ``[HV]``, optional
         Zeros when ``None``. Needs `use_gate_in_kernel`.
-    dt_bias : array, shape ``[HV]``, or with a gate per channel ``[HV * K]`` or ``[HV, K]``, optional
-        Zeros when ``None``. Needs `use_gate_in_kernel`.
+    dt_bias : array, shape ``[HV]``, ``[HV * K]`` or ``[HV, K]``, optional
+        Zeros when ``None``; with ``K`` only for a gate per channel. Needs `use_gate_in_kernel`.
     lower_bound : float, optional
         A number below 0, the least log decay. Needs `use_gate_in_kernel`.
     use_beta_sigmoid_in_kernel : bool
@@ -227,7 +227,7 @@ def chunk_gated_delta_rule(
     use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first : bool
         As in `gated_delta_rule`.
     A_log, dt_bias : array, optional
-        As in `gated_delta_rule`, shapes ``[HV]`` and ``[HV]``, or with a gate per channel ``[HV * K]``.
+        As in `gated_delta_rule`, shape ``[HV]``; dt_bias also ``[HV * K]`` or ``[HV, K]``.
     lower_bound : float, optional
         As in `gated_delta_rule`.
     cu_seqlens : array or sequence of int, shape ``[N + 1]``, optional
@@ -353,7 +353,7 @@ def fused_recurrent_gated_delta_rule(
     use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first : bool
         As in `gated_delta_rule`.
     A_log, dt_bias : array, optional
-        As in `gated_delta_rule`, shapes ``[HV]`` and ``[HV]``, or with a gate per channel ``[HV * K]``.
+        As in `gated_delta_rule`, shape ``[HV]``; dt_bias also ``[HV * K]`` or ``[HV, K]``.
     lower_bound : float, optional
         As in `gated_delta_rule`.
     cu_seqlens : array or sequence of int, shape ``[N + 1]``, optional
@@ -365,9 +365,9 @@ def fused_recurrent_gated_delta_rule(
     checkpoint_interval : int, optional
         Keep the states after every so many tokens of each sequence as well.
     state_indices : array or sequence of int, shape ``[N]`` or ``[N, S]``, optional
-        The slot of each sequence in the pool, or with `num_accepted_tokens` the slots for the states
-        after each of its (at most ``S``) tokens. -1 is a padded row, whose output is zero and which
-        touches no slot. No slot may come twice.
+        The slot of each sequence in the pool, or with `num_accepted_tokens` the slots for the
+        states after each of its (at most ``S``) tokens. -1 is a padded row, whose output is zero
+        and which touches no slot. No slot may come twice.
     num_accepted_tokens : array or sequence of int, shape ``[N]``, optional
         Speculative decoding: sequence ``n`` starts from slot
         ``state_indices[n, num_accepted_tokens[n] - 1]``, and the state after its token ``t`` is
@@ -492,7 +492,7 @@ def chunk_kda(
     use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first : bool
         As in `gated_delta_rule`.
     A_log, dt_bias : array, optional
-        As in `gated_delta_rule`, shapes ``[HV]`` and ``[HV]``, ``[HV * K]`` or ``[HV, K]``.
+        As in `gated_delta_rule`, shape ``[HV]``; dt_bias also ``[HV * K]`` or ``[HV, K]``.
     lower_bound : float, optional
         As in `gated_delta_rule`.
     cu_seqlens : array or sequence of int, shape ``[N + 1]``, optional
@@ -620,7 +620,7 @@ def fused_recurrent_kda(
     use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first : bool
         As in `gated_delta_rule`.
     A_log, dt_bias : array, optional
-        As in `gated_delta_rule`, shapes ``[HV]`` and ``[HV]``, ``[HV * K]`` or ``[HV, K]``.
+        As in `gated_delta_rule`, shape ``[HV]``; dt_bias also ``[HV * K]`` or ``[HV, K]``.
     lower_bound : float, optional
         As in `gated_delta_rule`.
     cu_seqlens : array or sequence of int, shape ``[N + 1]``, optional
@@ -879,8 +879,8 @@ def fused_gate(
         Raw gate, float32, float64, float16 or bfloat16. Any strides.
     A_log : array, shape ``[HV]``, optional
         Zeros when ``None``.
-    dt_bias : array, shape ``[HV]``, or for four axes ``[HV * K]`` or ``[HV, K]``, optional
-        Zeros when ``None``.
+    dt_bias : array, shape ``[HV]``, ``[HV * K]`` or ``[HV, K]``, optional
+        Zeros when ``None``; with ``K`` only for `x` of four axes.
     lower_bound : float, optional
         A number below 0, the least log decay.
 

@@ -176,17 +176,6 @@ def test_out_is_written_and_nothing_around_it(layout):
         assert np.isnan(out.base[around]).all()
 
 
-def test_final_state_in_place():
-    call = make_inputs(10, *ODD, "gda", states=2)
-    expected = nbdelta.chunk_gated_delta_rule(**call, output_final_state=True)
-    o, state = nbdelta.chunk_gated_delta_rule(
-        **call, output_final_state=True, inplace_final_state=True
-    )
-    assert state is call["initial_state"]
-    assert_same_bits(o, expected[0])
-    assert_same_bits(state, expected[1])
-
-
 @pytest.mark.parametrize("gate", GATES)
 def test_inputs_are_not_changed(gate):
     call = arguments("everything", ODD, gate)

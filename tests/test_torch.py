@@ -115,10 +115,10 @@ def test_decode_in_a_pool():
 
 def test_out_and_state_in_place():
     call = make_inputs(3, 2, 37, 2, 4, 20, 28, "kda", states=2)
-    expected = nbdelta.chunk_gated_delta_rule(**call, output_final_state=True)
+    expected = nbdelta.fused_recurrent_gated_delta_rule(**call, output_final_state=True)
     tensors = {name: to_torch(x.copy()) for name, x in call.items()}
     out = torch.empty(2, 4, 37, 28).transpose(1, 2)
-    o, state = nbdelta.chunk_gated_delta_rule(
+    o, state = nbdelta.fused_recurrent_gated_delta_rule(
         **tensors, out=out, output_final_state=True, inplace_final_state=True
     )
     assert o is out and state is tensors["initial_state"]
