@@ -61,9 +61,26 @@ _GLM = {
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }
 _GLM.pop("num_local_experts")
-_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+_QSA = {
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "layer_types": _INDEXED,
+}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "projection_intermediate_size": 32,
+}
 
-# module -> configuration class, model class, its arguments, its text model's arguments
+# module -> configuration class, model class, arguments of the (text) configuration
 _MODELS = {
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _GDA | _MOE),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _GDA),
@@ -71,7 +88,7 @@ _MODELS = {
     "qwen4_exp": (
         "Qwen4ExpTextConfig",
         "Qwen4ExpForCausalLM",
-        _GDA | _MOE | {"hc_count": 2, "hc_lowrank": 8, "layer_types": _INDEXED},
+        _GDA | _MOE | _QSA,
     ),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _GDA),
     "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", _KDA),

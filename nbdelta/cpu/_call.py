@@ -1,7 +1,7 @@
 """What a kernel knows of a call: one int64 array, the descriptor.
 
-Every array is eight numbers (address, dtype code, byte strides), so one compilation serves all layouts,
-read-only inputs included, and starting a kernel costs one argument.
+Every array is eight numbers (address, dtype code, byte strides), so one compilation serves all
+layouts, read-only inputs included, and starting a kernel costs one argument.
 """
 
 import numpy as np

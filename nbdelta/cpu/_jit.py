@@ -1,4 +1,4 @@
-"""The only place that calls ``numba.njit``: every compiler option of the CPU kernels stands here."""
+"""The only place that calls ``numba.njit``: every option of the CPU kernels is here."""
 
 import hashlib
 import warnings
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numba
 
-# Numba's disk cache notices an edit of the file that defines a kernel, not of the files it imports. Every
-# kernel refers to this number, which makes it a part of the cache key.
+# Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
+# imports. Every kernel refers to this number, which makes it a part of the cache key.
 SOURCES = int.from_bytes(
     hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -21,15 +21,15 @@ SIGNATURE = "void(int64[::1], int64)"
 def njit(signature=None, *, parallel=False):
     """Compile a function that kernels call.
 
-    No fastmath: the tiles say themselves where a product and a sum become one ``fma``, and NaN, infinities
-    and the order of every sum stay as written.
+    No fastmath: the tiles say themselves where a product and a sum become one ``fma``, and NaN,
+    infinities and the order of every sum stay as written.
     """
     args = () if signature is None else (signature,)
     return numba.njit(*args, error_model="numpy", nogil=True, parallel=parallel)
 
 
 def kernel(function):
-    """Compile an entry point ``(desc, worker)`` at once, through the disk cache where there is one."""
+    """Compile an entry point ``(desc, worker)`` at once, through the disk cache if there is one."""
     options = {"error_model": "numpy", "nogil": True}
     try:
         return numba.njit(SIGNATURE, cache=True, **options)(function)

@@ -1,14 +1,15 @@
 """Rows and tiles between the caller's arrays and the kernels' scratch.
 
-Kernels compute in one dtype on padded, contiguous rows of 16 numbers. Arrays come in any of four dtypes
-and with any strides. A row that already is as the kernels want it is used where it lies; the others are
-converted here, a row at a time, so that dtype and layout never multiply the number of compilations.
+Kernels compute in one dtype on padded, contiguous rows of 16 numbers. Arrays come in any of four
+dtypes and with any strides. A row that already is as the kernels want it is used where it lies;
+the others are converted here, a row at a time, so that dtype and layout never multiply the number
+of compilations.
 """
 
 import numpy as np
 
 from nbdelta.cpu._jit import njit
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import REAL, W, tile
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
@@ -24,7 +25,7 @@ element_size = njit()(size_of)
 
 def _dtype_tiles(dtype):
     @tile
-    def get(e, address) -> "real":
+    def get(e, address) -> REAL:
         return e.load_as(dtype, address, 1)
 
     @tile
@@ -49,7 +50,7 @@ _get_bf16, _put_bf16, _get_row_bf16, _put_row_bf16 = _dtype_tiles("bfloat16")
 
 
 @tile
-def load(e, address) -> "real":
+def load(e, address) -> REAL:
     """Number of the compute dtype at an address."""
     return e.scalar(address)
 
@@ -68,7 +69,7 @@ def fill_row(e, value, target):
 
 @tile
 def copy_rows(e, source, source_step, target, target_step, n):
-    """n >= 1 rows of 16 numbers."""
+    """N >= 1 rows of 16 numbers."""
 
     def body(_, rows):
         e.store(e.load(rows[0]), rows[1])
@@ -128,7 +129,7 @@ def _put_16(REAL, code, source, target):
 
 @njit()
 def load_row(REAL, SIZE, code, source, step, n, target):
-    """n numbers of dtype `code`, `step` bytes apart, as a row padded with zeros to a multiple of 16."""
+    """Bring n numbers of a dtype, `step` bytes apart, into a row padded with zeros."""
     done = 0
     if step == element_size(code):
         while done + W <= n:
@@ -154,14 +155,14 @@ def store_row(REAL, SIZE, code, source, n, target, step):
 
 @njit()
 def zero_rows(REAL, SIZE, target, n):
-    """n rows of 16 zeros, one behind the other."""
+    """Write n rows of 16 zeros, one behind the other."""
     for i in range(n):
         fill_row(REAL, REAL(0), target + i * W * SIZE)
 
 
 @njit()
 def load_tokens(REAL, SIZE, code, source, token_step, step, n, width, target):
-    """n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
+    """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
     row = (width + W - 1) // W * W * SIZE
     for t in range(n):
         load_row(REAL, SIZE, code, source + t * token_step, step, width, target + t * row)
@@ -170,7 +171,7 @@ def load_tokens(REAL, SIZE, code, source, token_step, step, n, width, target):
 
 @njit()
 def load_columns(REAL, SIZE, code, source, row_step, step, K, n, target, target_step):
-    """n <= 16 columns of a state [K, V] as K rows of 16 numbers, padded with zeros on both sides."""
+    """Bring n <= 16 columns of a state [K, V] into rows of 16 numbers, padded with zeros."""
     if code == _own_code(SIZE) and step == SIZE and n == W:
         copy_rows(REAL, source, row_step, target, target_step, K)
     else:
@@ -197,7 +198,7 @@ def _own_code(SIZE):
 
 @njit()
 def is_plain(SIZE, code, step, width):
-    """Say whether rows can be used where they lie: compute dtype, contiguous, a multiple of 16 long."""
+    """Say whether rows serve where they lie: compute dtype, contiguous, whole tiles."""
     return code == _own_code(SIZE) and step == SIZE and width % W == 0
 
 

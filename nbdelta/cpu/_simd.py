@@ -1,9 +1,10 @@
 """A small emitter of vector code: the only file that knows LLVM.
 
-`tile` turns a Python function ``f(e, *args)`` into a function that kernels call as ``f(REAL, *args)``,
-where ``REAL`` is ``np.float32`` or ``np.float64``. While Numba compiles the kernel, ``f`` runs once with an
-`Emitter` and writes vector instructions: Python loops in it are unrolled code, `Emitter.loop` is a loop.
-Integer arguments are byte addresses and counts, float arguments are of type ``REAL``.
+`tile` turns a Python function ``f(e, *args)`` into a function that kernels call as ``f(REAL,
+*args)``, where ``REAL`` is ``np.float32`` or ``np.float64``. While Numba compiles the kernel,
+``f`` runs once with an `Emitter` and writes vector instructions: Python loops in it are unrolled
+code, `Emitter.loop` is a loop. Integer arguments are byte addresses and counts, float arguments
+are of type ``REAL``.
 
 Addresses instead of arrays keep slicing, bounds and array structs out of the inner loops, and one
 compilation serves every array layout.
@@ -19,7 +20,8 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-W = 16  # lanes of a tile = tokens of a block = columns of a state strip, for every dtype and machine
+# lanes of a tile = tokens of a block = columns of a state strip, for every dtype and machine
+W = 16
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -33,8 +35,8 @@ _AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", 
 def vector_unit():
     """Bits and number of the vector registers that Numba compiles for.
 
-    ``NUMBA_CPU_NAME`` decides where it is set: ``haswell`` gives the AVX2 shape of every tile on a machine
-    with AVX-512.
+    ``NUMBA_CPU_NAME`` decides where it is set: ``haswell`` gives the AVX2 shape of every tile on a
+    machine with AVX-512.
     """
     name = numba.config.CPU_NAME
     if name and name != "host":
@@ -100,7 +102,7 @@ class Value:
 
 
 class Emitter:
-    """Writes code for one dtype: `size` bytes an element, `row` bytes a tile row, `lanes` a register."""
+    """Writes code for one dtype: `size`, `row`: bytes of a number, a row; `lanes` a register."""
 
     def __init__(self, builder, real):
         self.b = builder
@@ -196,9 +198,7 @@ class Emitter:
         rounded = b.lshr(b.add(b.add(bits, odd), number(0x7FFF)), number(16))
         # rounding could carry a NaN into infinity or zero: keep its sign and make it quiet
         nan = b.or_(b.lshr(bits, number(16)), number(0x40))
-        return b.trunc(
-            b.select(b.fcmp_unordered("uno", x, x), nan, rounded), _shape(I16, lanes)
-        )
+        return b.trunc(b.select(b.fcmp_unordered("uno", x, x), nan, rounded), _shape(I16, lanes))
 
     # ---- arithmetic ----
 
@@ -242,17 +242,20 @@ class Emitter:
         return self.shuffle(x, self.splat(fill, n), sources)
 
     def exp(self, x):
-        """e^x to about 1 ulp: exactly 0 for -inf and large negative x, inf for large x, NaN for NaN.
+        """e^x to about 1 ulp: exactly 0 for -inf and large negative x, inf for large x, NaN for
+        NaN.
 
-        ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: a Taylor polynomial of e^r, times 2^n in two steps so
-        that results below the normal range come out right. Adding a large number rounds to an integer
-        without a conversion, which would be undefined for NaN.
+        ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: a Taylor polynomial of e^r, times 2^n in two
+        steps so that results below the normal range come out right. Adding a large number rounds
+        to an integer without a conversion, which would be undefined for NaN.
         """
         double = self.real == F64
         low, high, degree = (-746.0, 710.0, 13) if double else (-105.0, 89.0, 7)
         magic, bias, mantissa = (1.5 * 2.0**52, 1023, 52) if double else (1.5 * 2.0**23, 127, 23)
         # n times the high part is exact
-        ln2_high = Fraction(math.floor(_LN2 * 2 ** (32 if double else 15)), 2 ** (32 if double else 15))
+        ln2_high = Fraction(
+            math.floor(_LN2 * 2 ** (32 if double else 15)), 2 ** (32 if double else 15)
+        )
         x = self.select(x, "<", low, low, x)
         x = self.select(x, ">", high, high, x)
         shifted = self.fma(x, self.like(x, 1 / math.log(2)), self.like(x, magic))
@@ -309,7 +312,8 @@ class Emitter:
         while step < n:
             low, high = _pairing(n, step)
             rows = [
-                self.shuffle(rows[i], rows[i + step], low) + self.shuffle(rows[i], rows[i + step], high)
+                self.shuffle(rows[i], rows[i + step], low)
+                + self.shuffle(rows[i], rows[i + step], high)
                 if not i % (2 * step)
                 else None
                 for i in range(n)
@@ -328,7 +332,8 @@ class Emitter:
     # ---- control ----
 
     def loop(self, n, carried, body, step=1, maybe_empty=False):
-        """Emit ``for i in range(0, n, step): carried = body(i, carried)`` and return the last values.
+        """Emit ``for i in range(0, n, step): carried = body(i, carried)`` and return the last
+        values.
 
         n is at least 1 unless `maybe_empty` says that this has to be looked at.
         """
@@ -373,7 +378,9 @@ def _shape(kind, lanes):
 
 
 def _constant(kind, lanes, x):
-    return ir.Constant(kind, x) if lanes == 1 else ir.Constant(ir.VectorType(kind, lanes), [x] * lanes)
+    return (
+        ir.Constant(kind, x) if lanes == 1 else ir.Constant(ir.VectorType(kind, lanes), [x] * lanes)
+    )
 
 
 def _indices(indices):
@@ -404,13 +411,16 @@ def _pairing(n, step):
     return low, high
 
 
+REAL = "a float of the code, as the annotation of what a tile returns"
+
+
 def tile(function):
     """Make a kernel function ``f(REAL, *args)`` of an emitter function ``f(e, *args)``.
 
-    The emitter function returns nothing, or a float of the code as the result.
+    The emitter function returns nothing, or with ``-> REAL`` a float of the code as the result.
     """
     names = list(inspect.signature(function).parameters)[1:]
-    returns = function.__annotations__.get("return") == "real"
+    returns = function.__annotations__.get("return") is REAL
 
     def typing(real, args):
         real = real.dtype

@@ -1,8 +1,8 @@
 """Runs a kernel on several threads: plain Python threads over compiled code that holds no lock.
 
-Numba's own layers would abort the process on concurrent calls (workqueue) or kill a forked child (OpenMP).
-Here the items of a call are claimed one by one from a counter, the caller works too and never waits for a
-thread that has not begun, so a busy core costs no more than itself.
+Numba's own layers would abort the process on concurrent calls (workqueue) or kill a forked child
+(OpenMP). Here the items of a call are claimed one by one from a counter, the caller works too and
+never waits for a thread that has not begun, so a busy core costs no more than itself.
 """
 
 import os
@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def thread_count():
-    """Threads a call may use: ``NUMBA_NUM_THREADS``, or ``numba.set_num_threads`` if it was called."""
+    """Threads a call may use: ``NUMBA_NUM_THREADS``, or what ``set_num_threads`` said."""
     # get_num_threads() would start Numba's thread pool, which is not used here
     if parallel._is_initialized:
         return numba.get_num_threads()

@@ -6,11 +6,11 @@ Layouts, with ``row`` the bytes of 16 numbers:
 - *rows*: ``[K / 16][16 tokens][16 channels]``, tiles of token rows;
 - *strip*: 16 columns of the state, ``[K][16]``, with the rows of ``U`` of the block right behind.
 
-A panel of 16 more rows behind ``K`` holds the lower triangle that meets those rows of ``U``: one loop over
-the panel and the strip together is ``[K-part | triangle] [S; U]``.
+A panel of 16 more rows behind ``K`` holds the lower triangle that meets those rows of ``U``: one
+loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 """
 
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import REAL, W, tile
 
 
 def fma_panel(e, acc, panel, strip, n, maybe_empty=False):
@@ -80,7 +80,7 @@ def pack_columns_and_rows(e, x, x_step, norm, columns, rows):
 
 @tile
 def gram(e, a, b, first, n, out):
-    """out[j][:] = sum over n channels of a[channel][j] * b[channel][:] for the tile's rows j >= first."""
+    """out[j][:] = sum over channels of a[channel][j] * b[channel][:], MR rows j from `first`."""
     acc = fma_panel(e, [e.splat(0.0)] * e.mr, a + first * e.size, b, n)
     for i in range(e.mr):
         e.store(acc[i], out + first * e.row, i * e.row)
@@ -91,13 +91,13 @@ def gram(e, a, b, first, n, out):
 
 @tile
 def softplus_gate(e, x, bias, factor, out):
-    """out = factor * softplus(x + bias), with factor = -exp(A_log)."""
+    """Out = factor * softplus(x + bias), with factor = -exp(A_log)."""
     e.store(e.softplus(e.load(x) + e.load(bias)) * e.splat(factor), out)
 
 
 @tile
 def bounded_gate(e, x, bias, factor, lower_bound, out):
-    """out = lower_bound * sigmoid(factor * (x + bias)), with factor = exp(A_log)."""
+    """Out = lower_bound * sigmoid(factor * (x + bias)), with factor = exp(A_log)."""
     e.store(e.sigmoid((e.load(x) + e.load(bias)) * e.splat(factor)) * e.splat(lower_bound), out)
 
 
@@ -157,10 +157,11 @@ def scale_rows(e, x, gate, n, out):
 
 @tile
 def decay_pairs(e, kk, qk, gates, scale, a, p):
-    """a[j][i] = -beta_i e^(G_i - G_j) kk[j][i] and p[j][i] = scale e^(G_i - G_j) qk[j][i] for i >= j.
+    """a[j][i] = -beta_i e^(G_i - G_j) kk[j][i] and p[j][i] = scale e^(G_i - G_j) qk[j][i] for i >=
+    j.
 
-    Lanes i < j hold anything and are never read. Lane j is set, not added: a NaN of a later token's gate
-    must not reach it.
+    Lanes i < j hold anything and are never read. Lane j is set, not added: a NaN of a later
+    token's gate must not reach it.
     """
     neg_beta, query_scale = e.load(gates, NEG_BETA * e.row), e.splat(scale)
     pair = e.splat(1.0)
@@ -178,7 +179,8 @@ def decay_pairs(e, kk, qk, gates, scale, a, p):
 @tile
 def key_panels(e, k, k_step, norm, g, g_step, neg_beta, step, k_rows, decay_rows, columns, total):
     """16 tokens by 16 channels: normalised k and e^g as token rows `step` bytes apart, the panel
-    -beta k e^G as columns, and e^G of the last token."""
+    -beta k e^G as columns, and e^G of the last token.
+    """
     for channel in range(0, W, e.lanes):
         at = channel * e.size
         prefix = e.splat(1.0, e.lanes)
@@ -226,12 +228,13 @@ MANY = 8  # registers of channels that fit beside the running sums
 
 
 def _pair_sums(vectors_of):
-    """Make the tile that adds the pair sums of one token over ``vectors_of(e)`` registers of channels."""
+    """Make the tile that adds the pair sums of one token over ``vectors_of(e)`` registers."""
 
     @tile
     def pair_sums(e, k, q, decay, step, n, kk, qk):
-        """Add to row 0 of `qk` the products q_j k_j and to rows 1 to n of `kk` and `qk` the products
-        of k_i and q_i with k_j e^(G_i - G_j), lane by lane, for the n tokens i after token j.
+        """Add to row 0 of `qk` the products q_j k_j and to rows 1 to n of `kk` and `qk` the
+        products of k_i and q_i with k_j e^(G_i - G_j), lane by lane, for the n tokens i after
+        token j.
 
         The product of k_j and the decays runs along in registers.
         """
@@ -295,15 +298,14 @@ def finish_pairs(e, kk, qk, neg_beta, scale, a, p):
 
 @tile
 def solve(e, panel, strip, n, first, v, v_step, beta):
-    """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the strip.
+    """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the
+    strip.
 
-    The panel holds [-beta e^G K | -A]: earlier rows of U are part of the loop, the triangle of this tile
-    is solved in registers.
+    The panel holds [-beta e^G K | -A]: earlier rows of U are part of the loop, the triangle of
+    this tile is solved in registers.
     """
     v, panel = v + first * v_step, panel + first * e.size
-    acc = [
-        e.load(v + v_step * i) * e.bcast(beta + first * e.size, i * e.size) for i in range(e.mr)
-    ]
+    acc = [e.load(v + v_step * i) * e.bcast(beta + first * e.size, i * e.size) for i in range(e.mr)]
     n = n + first
     acc = fma_panel(e, acc, panel, strip, n, maybe_empty=True)
     triangle, u = panel + n * e.row, strip + n * e.row
@@ -337,9 +339,7 @@ def update(e, k_rows, strip, u, decay):
         acc = [e.bcast(decay, i * e.size) * e.load(strip, i * e.row) for i in rows]
         for t in range(W):
             x = e.load(u, t * e.row)
-            acc = [
-                e.fma(e.bcast(k_rows, t * e.row + i * e.size), x, a) for i, a in zip(rows, acc)
-            ]
+            acc = [e.fma(e.bcast(k_rows, t * e.row + i * e.size), x, a) for i, a in zip(rows, acc)]
         for i, a in zip(rows, acc):
             e.store(a, strip, i * e.row)
 
@@ -348,7 +348,7 @@ def update(e, k_rows, strip, u, decay):
 
 
 @tile
-def inverse_norm(e, x, n, eps) -> "real":
+def inverse_norm(e, x, n, eps) -> REAL:
     """1 / sqrt(sum of n squares + eps)."""
 
     def body(offset, acc):
@@ -361,7 +361,7 @@ def inverse_norm(e, x, n, eps) -> "real":
 
 @tile
 def scale_row(e, x, factor, n):
-    """x *= factor for n numbers in place."""
+    """X *= factor for n numbers in place."""
 
     def body(offset, carried):
         e.store(e.load(x + offset) * e.splat(factor), x + offset)
@@ -371,7 +371,7 @@ def scale_row(e, x, factor, n):
 
 
 @tile
-def token_rows(e, k, q, g, g_step, n, out) -> "real":
+def token_rows(e, k, q, g, g_step, n, out) -> REAL:
     """Rows of n channels e^g k, e^g q and e^g one behind the other at `out`; return q.k."""
     width = n * e.size
 
@@ -389,12 +389,14 @@ def token_rows(e, k, q, g, g_step, n, out) -> "real":
 
 def _step(vectors):
     @tile
-    def step(e, source, source_step, target, target_step, k, gated, n, width, v, beta, scale, qk, o):
+    def step(
+        e, source, source_step, target, target_step, k, gated, n, width, v, beta, scale, qk, o
+    ):
         """One token for `vectors` * 16 columns of the state.
 
-        First pass down the rows: S^T e^g k and S^T e^g q. Second pass up again, where the rows read last
-        are still in the cache: S = e^g S + k d^T. The output needs no third pass: o = q^T S is
-        S_old^T e^g q + (q.k) d.
+        First pass down the rows: S^T e^g k and S^T e^g q. Second pass up again, where the rows
+        read last are still in the cache: S = e^g S + k d^T. The output needs no third pass: o =
+        q^T S is S_old^T e^g q + (q.k) d.
         """
         columns = range(vectors)
         query, decay = gated + width, gated + width * 2

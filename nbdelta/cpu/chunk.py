@@ -1,14 +1,16 @@
 """Chunked gated delta rule: blocks of 16 tokens against a state that stays in the cache.
 
-Per block and value head, with G the cumulative log gate inside the block (docs/design.md derives it):
+Per block and value head, with G the cumulative log gate inside the block (docs/design.md derives
+it):
 
     U = (I + A)^-1 (beta V - beta e^G K S)     A_ij = beta_i e^(G_i - G_j) k_i.k_j    i > j
     O = scale (e^G Q S + P U)                  P_ij = e^(G_i - G_j) q_i.k_j           i >= j
     S = e^G_last S + (K e^(G_last - G))^T U
 
-with one gate per token (GDA) or one per token and channel (KDA, where k_i.k_j is a sum with a decay in
-every term). One item of work is one sequence, one key head and its value heads: k and q are packed, and for
-GDA multiplied with each other, once for all of them. Row i of every product only reads rows up to i.
+with one gate per token (GDA) or one per token and channel (KDA, where k_i.k_j is a sum with a
+decay in every term). One item of work is one sequence, one key head and its value heads: k and q
+are packed, and for GDA multiplied with each other, once for all of them. Row i of every product
+only reads rows up to i.
 """
 
 from functools import cache
@@ -100,9 +102,10 @@ from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 def layout(base, SIZE, KP, VP, strips):
     """Addresses of a worker's buffers from `base` on, and their end, for padded head sizes.
 
-    Compiled into the kernel and called as it is by the host. In this order: state strips; panels of k and
-    q with their triangles; rows of k that meet U; three buffers of [16][K] (k, q and k rows, or k, q and
-    decay rows); two of 16 x 16 (products); staged k, q, g, v, o; e^G_last per channel; gates and the like.
+    Compiled into the kernel and called as it is by the host. In this order: state strips; panels
+    of k and q with their triangles; rows of k that meet U; three buffers of [16][K] (k, q and k
+    rows, or k, q and decay rows); two of 16 x 16 (products); staged k, q, g, v, o; e^G_last per
+    channel; gates and the like.
     """
     row = W * SIZE
     panel, tokens, values = (KP + W) * row, KP * row, VP * row
@@ -132,7 +135,7 @@ _layout = njit()(layout)
 
 @njit()
 def _load_16(REAL, SIZE, x, b, t, n, hv, default, target):
-    """n numbers of ``x[b, t:, hv]`` and zeros, or `default` where x is not given."""
+    """N numbers of ``x[b, t:, hv]`` and zeros, or `default` where x is not given."""
     for i in range(W):
         value = REAL(0)
         if i < n:
@@ -224,9 +227,7 @@ def _load_states(REAL, SIZE, desc, h0, slot, hk, first, last, strips):
             if h0[0]:
                 source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
                 n = min(W, v - s * W)
-                load_columns(
-                    REAL, SIZE, h0[1], source, h0[4], h0[5], k, n, target, W * SIZE
-                )
+                load_columns(REAL, SIZE, h0[1], source, h0[4], h0[5], k, n, target, W * SIZE)
             else:
                 zero_rows(REAL, SIZE, target, panel // (W * SIZE) - W)
             target += panel
@@ -270,7 +271,12 @@ def _chunk_kernel(REAL, PER_CHANNEL):
     @kernel
     def chunk_kernel(desc, worker):
         stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
-        q, k, v, g = array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G)
+        q, k, v, g = (
+            array_at(desc, Q),
+            array_at(desc, KEY),
+            array_at(desc, VALUE),
+            array_at(desc, G),
+        )
         h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
         checkpoints = array_at(desc, CHECKPOINTS)
         interval, parts = desc[INTERVAL], desc[PARTS]
@@ -282,8 +288,8 @@ def _chunk_kernel(REAL, PER_CHANNEL):
         per_part = (VP // W + parts - 1) // parts
         strips = base
         (
-            keys, queries, updates, x, y, z, kk, qk, staged_k, staged_q, staged_g, staged_v, staged_o,
-            decay, bias, gates, small, _,
+            keys, queries, updates, x, y, z, kk, qk, staged_k, staged_q, staged_g, staged_v,
+            staged_o, decay, bias, gates, small, _,
         ) = _layout(base, SIZE, KP, VP, r * per_part)  # fmt: skip
         beta, log_gates, k_norm, q_norm = small, small + ROW, small + 2 * ROW, small + 3 * ROW
 
@@ -311,9 +317,7 @@ def _chunk_kernel(REAL, PER_CHANNEL):
                 if not PER_CHANNEL:
                     for c in range(0, KP, W):
                         i, tile = c * SIZE, c * ROW
-                        pack_columns_and_rows(
-                            REAL, k_rows + i, k_step, k_norm, x + tile, z + tile
-                        )
+                        pack_columns_and_rows(REAL, k_rows + i, k_step, k_norm, x + tile, z + tile)
                         pack_columns(REAL, q_rows + i, q_step, q_norm, y + tile)
                     _products(REAL, MR, x, x, KP, kk)
                     _products(REAL, MR, x, y, KP, qk)
@@ -351,20 +355,16 @@ def _chunk_kernel(REAL, PER_CHANNEL):
                             )  # fmt: skip
                             suffix_rows(REAL, x + i, z + i, KP * SIZE, updates + tile)
                         _pairs(
-                            REAL, SIZE, LANES, KP, x, y, z, kk, qk, neg_beta, scale, keys + KP * ROW,
-                            queries + KP * ROW,
+                            REAL, SIZE, LANES, KP, x, y, z, kk, qk, neg_beta, scale, keys + KP *
+                            ROW, queries + KP * ROW,
                         )  # fmt: skip
                     else:
                         load_bias(REAL, SIZE, desc, hv, W, bias)
-                        _load_token_gates(
-                            REAL, SIZE, desc, b, t, n, hv, factor, bias, log_gates
-                        )
+                        _load_token_gates(REAL, SIZE, desc, b, t, n, hv, factor, bias, log_gates)
                         gate_products(REAL, log_gates, beta, scale, gates)
                         scale_columns(REAL, x, gates + KEY_GATE * ROW, KP, keys)
                         scale_columns(REAL, y, gates + QUERY_GATE * ROW, KP, queries)
-                        decay_pairs(
-                            REAL, kk, qk, gates, scale, keys + KP * ROW, queries + KP * ROW
-                        )
+                        decay_pairs(REAL, kk, qk, gates, scale, keys + KP * ROW, queries + KP * ROW)
                         scale_rows(REAL, z, gates + SUFFIX * ROW, KP // W, updates)
                         total = load(REAL, gates + PREFIX * ROW + (W - 1) * SIZE)
                         for c in range(0, KP, W):
@@ -378,7 +378,8 @@ def _chunk_kernel(REAL, PER_CHANNEL):
                         i = s * ROW
                         _state_products(
                             REAL, SIZE, MR, KP, keys, queries, updates, decay, beta, v_rows + i,
-                            v_step, o_rows + i, o_step, strips + (j * (last - first) + s - first) * panel,
+                            v_step, o_rows + i, o_step, strips + (j * (last - first) + s - first) *
+                            panel,
                         )  # fmt: skip
                     if not direct:
                         i, width = first * W, min(desc[V], last * W) - first * W

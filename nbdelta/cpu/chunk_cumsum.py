@@ -1,10 +1,11 @@
 """Inclusive cumulative sums inside chunks, along any axis of any array.
 
-One item of work is one chunk of one line bundle: all other axes but the one with the smallest stride are
-listed as addresses by the host, so the kernel sees two axes, whatever the array has.
+One item of work is one chunk of one line bundle: all other axes but the one with the smallest
+stride are listed as addresses by the host, so the kernel sees two axes, whatever the array has.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,17 +16,16 @@ from nbdelta.cpu._simd import W, claim, read_int64
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import sum_columns
 
-# descriptor fields of this kernel: tables of addresses and of chunk bounds, their lengths in N and T
+# descriptor fields of this kernel: tables of addresses and of chunk bounds, their lengths in N and
+# T
 LINES, BOUNDS, REVERSE = 88, 89, 90
 
 
 def chunk_bounds(length, chunk_size, cu_seqlens=None):
     """First and end token of every chunk, ``[NT, 2]``; chunks start anew with each sequence."""
     ends = np.array([0, length]) if cu_seqlens is None else cu_seqlens
-    starts = [np.arange(bos, eos, chunk_size) for bos, eos in zip(ends[:-1], ends[1:])]
-    stops = [
-        np.minimum(first + chunk_size, eos) for first, eos in zip(starts, ends[1:])
-    ]
+    starts = [np.arange(bos, eos, chunk_size) for bos, eos in pairwise(ends)]
+    stops = [np.minimum(first + chunk_size, eos) for first, eos in zip(starts, ends[1:])]
     empty = np.zeros(0, np.int64)
     bounds = np.stack([np.concatenate([empty, *starts]), np.concatenate([empty, *stops])], axis=1)
     return np.ascontiguousarray(bounds, np.int64)

@@ -1,6 +1,6 @@
 """Gates from raw projections: the log decay of both gate layouts.
 
-    -exp(A_log) softplus(x + dt_bias)    or    lower_bound sigmoid(exp(A_log) (x + dt_bias))
+-exp(A_log) softplus(x + dt_bias)    or    lower_bound sigmoid(exp(A_log) (x + dt_bias))
 """
 
 from functools import cache
@@ -98,7 +98,7 @@ def _gate_kernel(REAL):
 
 
 def fused_gate(x, out, A_log, dt_bias, lower_bound):
-    """Fill `out` with the log decay of the raw gate `x`, both ``[B, T, HV]`` or ``[B, T, HV, K]``."""
+    """Fill `out` with the log decay of `x`, ``[B, T, HV]`` or ``[B, T, HV, K]``."""
     REAL = real_of(x.dtype)
     desc = np.zeros(LENGTH, np.int64)
     for index, view in ((G, x), (O, out), (A_LOG, A_log), (DT_BIAS, dt_bias)):

@@ -1,12 +1,13 @@
-"""Token-by-token gated delta rule: the decode step, in place where the state already is as it should be.
+"""Token-by-token gated delta rule: the decode step, in place where the state already is as it
+should be.
 
 Per token and value head:
 
     S = e^g S;   d = beta (v - S^T k);   S = S + k d^T;   o = scale S^T q
 
-One item of work is one sequence and one value head. A state in the compute dtype whose value axis is
-contiguous and a multiple of 16 long is read and written where it lies, once each; any other one is brought
-into scratch for the tokens of the call.
+One item of work is one sequence and one value head. A state in the compute dtype whose value axis
+is contiguous and a multiple of 16 long is read and written where it lies, once each; any other one
+is brought into scratch for the tokens of the call.
 """
 
 from functools import cache
@@ -53,7 +54,6 @@ from nbdelta.cpu._call import (
 )
 from nbdelta.cpu._jit import SOURCES, kernel, njit
 from nbdelta.cpu._memory import (
-    copy_rows,
     fill_row,
     get,
     is_plain,
@@ -61,7 +61,6 @@ from nbdelta.cpu._memory import (
     load_columns,
     load_row,
     real_of,
-    save,
     store_columns,
     store_row,
     zero_rows,
@@ -115,7 +114,7 @@ def _store_state(REAL, SIZE, source, source_step, K, V, x, target):
 
 @njit()
 def _load_vector(REAL, SIZE, desc, x, b, t, h, n, eps, target):
-    """k or q of a token, normalised."""
+    """K or q of a token, normalised."""
     load_row(REAL, SIZE, x[1], at(x, b, t, h), x[5], n, target)
     if eps >= 0:
         n = (n + W - 1) // W * W
@@ -123,15 +122,17 @@ def _load_vector(REAL, SIZE, desc, x, b, t, h, n, eps, target):
 
 
 @njit()
-def _step(REAL, SIZE, source, source_step, target, target_step, k, gated, K, V, v, beta, scale, qk, o):
+def _step(
+    REAL, SIZE, source, source_step, target, target_step, k, gated, K, V, v, beta, scale, qk, o
+):
     """One token for all columns of a state; source and target may be the same."""
     width = (K + W - 1) // W * W * SIZE
     done = 0
     while done < V:
         c = done * SIZE
         args = (
-            source + c, source_step, target + c, target_step, k, gated, K, width, v + c, beta, scale,
-            qk, o + c,
+            source + c, source_step, target + c, target_step, k, gated, K, width, v + c, beta,
+            scale, qk, o + c,
         )  # fmt: skip
         if V - done > W:
             step_32(REAL, *args)
@@ -169,7 +170,12 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
     @kernel
     def recurrent_kernel(desc, worker):
         stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
-        q, k, v, g = array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G)
+        q, k, v, g = (
+            array_at(desc, Q),
+            array_at(desc, KEY),
+            array_at(desc, VALUE),
+            array_at(desc, G),
+        )
         h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
         checkpoints, betas = array_at(desc, CHECKPOINTS), array_at(desc, BETA)
         interval, speculative = desc[INTERVAL], desc[ACCEPTED] != 0

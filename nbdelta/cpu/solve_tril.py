@@ -1,16 +1,28 @@
 """Blocked lower triangular solves, the inverse of I + A included.
 
-With D the diagonal, ``x = D^-1 b - (D^-1 L) x`` row by row. Blocks of 16 rows: earlier rows of x enter by
-a product, the 16 x 16 diagonal block is solved by substitution in registers. The same tile does both here
-and in the chunked prefill. An inverse is the solve against the identity, block column by block column,
-without the zero blocks.
+With D the diagonal, ``x = D^-1 b - (D^-1 L) x`` row by row. Blocks of 16 rows: earlier rows of x
+enter by a product, the 16 x 16 diagonal block is solved by substitution in registers. The same
+tile does both here and in the chunked prefill. An inverse is the solve against the identity, block
+column by block column, without the zero blocks.
 """
 
 from functools import cache
 
 import numpy as np
 
-from nbdelta.cpu._call import ITEMS, LENGTH, NEXT, PARTS, SCRATCH, SCRATCH_STEP, G, K, O, V, array_at
+from nbdelta.cpu._call import (
+    ITEMS,
+    LENGTH,
+    NEXT,
+    PARTS,
+    SCRATCH,
+    SCRATCH_STEP,
+    G,
+    K,
+    O,
+    V,
+    array_at,
+)
 from nbdelta.cpu._jit import SOURCES, kernel, njit
 from nbdelta.cpu._memory import (
     DTYPES,
@@ -33,7 +45,7 @@ B_FIELD = 0  # the right-hand side's dtype and strides stand in the descriptor's
 
 
 def layout(base, SIZE, n, strips):
-    """Addresses of the panel, staged rows, right-hand side, two factors and strips, and their end."""
+    """Addresses of staged rows, right-hand side, two factors and strips, and their end."""
     row = W * SIZE
     rows = (n + W - 1) // W * W
     staged = base + rows * row
@@ -164,6 +176,11 @@ def solve_triangular(L, b, out, unit_diagonal):
     """Fill `out` with the solutions of ``L x = b``; leading axes have one shape."""
     batch = range(len(b.shape) - 2)
     n, m = b.shape[-2:]
-    table = np.stack([*(addresses(view, batch) for view in (L, b, out)),], axis=1)
+    table = np.stack(
+        [
+            *(addresses(view, batch) for view in (L, b, out)),
+        ],
+        axis=1,
+    )
     table = np.concatenate([table, np.full((len(table), 1), n, np.int64)], axis=1)
     _run(L, b, out, (-2, -1), np.ascontiguousarray(table), n, m, unit_diagonal)

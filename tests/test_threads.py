@@ -1,0 +1,55 @@
+"""Calls from several threads at once, and after a fork."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cases import FORWARD, assert_same_bits
+
+import nbdelta
+from nbdelta.testing import make_inputs
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+@pytest.mark.parametrize("rule", FORWARD)
+def test_concurrent_calls_have_the_bits_of_calls_alone(rule):
+    rule = getattr(nbdelta, rule)
+    # different sizes, so that the threads' scratch memory differs in layout
+    calls = [
+        make_inputs(n, 1 + n % 3, 40 + 11 * n, 2, 4, 16 + 8 * n, 40, gate)
+        for n in range(4)
+        for gate in ("gda", "kda")
+    ]
+    expected = [rule(**call)[0] for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda call: rule(**call)[0], calls)
+            for x, y in zip(results, expected, strict=True):
+                assert_same_bits(x, y)
+
+
+AFTER_FORK = """
+import os
+import nbdelta
+from nbdelta.testing import make_inputs
+
+call = make_inputs(0, 4, 130, 4, 8, 32, 32, "gda")
+expected = nbdelta.gated_delta_rule(**call)[0].tobytes()
+child = os.fork()
+if child == 0:
+    same = nbdelta.gated_delta_rule(**call)[0].tobytes() == expected
+    os._exit(0 if same else 1)
+_, status = os.waitpid(child, 0)
+assert nbdelta.gated_delta_rule(**call)[0].tobytes() == expected
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_can_call():
+    # -W: newer Pythons warn of any fork in a process with threads, which is what is tested here
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AFTER_FORK]
+    subprocess.run(command, check=True, timeout=120)
