@@ -397,7 +397,7 @@ def fused_recurrent_gated_delta_rule(
     Notes
     -----
     The recurrence of arXiv 2412.06464 (gate per head) and 2510.26692 (gate per channel), as it
-    stands in `gated_delta_rule`.
+    stands in `gated_delta_rule`; its chunked form (2406.06484) is `chunk_gated_delta_rule`.
 
     Examples
     --------
@@ -670,7 +670,7 @@ def fused_recurrent_kda(
     ...     q, k, v, g, None, scale=1.0, initial_state=state, output_final_state=True
     ... )
     >>> print(o.ravel().round(3), final_state.ravel().round(3))
-    [1.] [0.5 0. ]
+    [0.5] [0.5 0. ]
     """
     problem = prepare(
         q,

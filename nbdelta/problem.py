@@ -11,7 +11,6 @@ from typing import NamedTuple
 from nbdelta.arrays import View, empty, view
 from nbdelta.checks import (
     IndexArray,
-    brackets,
     expect_apart,
     finite_real,
     flag,

@@ -24,7 +24,7 @@ _OPTIONAL = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 _PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
 
 _lock = threading.RLock()
-_originals = {}  # (module name, function name) -> (module, original, served)
+_patches = []  # (module, function name, original, served)
 _said = set()
 
 
@@ -71,7 +71,9 @@ def enable():
     ...     model.generate(input_ids)  # doctest: +SKIP
     """
     if "transformers" not in sys.modules and importlib.util.find_spec("transformers") is None:
-        raise ImportError("nbdelta.transformers.enable() needs transformers: pip install transformers")
+        raise ImportError(
+            "nbdelta.transformers.enable() needs transformers: pip install transformers"
+        )
     with _lock:
         was_enabled = _hook in sys.meta_path
         if not was_enabled:
@@ -88,11 +90,11 @@ def disable():
     with _lock:
         if _hook in sys.meta_path:
             sys.meta_path.remove(_hook)
-        for (_, name), (module, original, served) in _originals.items():
+        for module, name, original, served in _patches:
             # someone else may have replaced the function since: theirs stays
             if vars(module).get(name) is served:
                 setattr(module, name, original)
-        _originals.clear()
+        _patches.clear()
         _said.clear()
 
 
@@ -125,10 +127,10 @@ def _patch(module):
         return
     for name, serve in {**rules, "causal_conv1d_fn": _serve_packed_convolution}.items():
         original = vars(module).get(name)
-        if original is None or (module.__name__, name) in _originals:
+        if original is None or any(original is patch[3] for patch in _patches):
             continue
         served = serve(original)
-        _originals[module.__name__, name] = (module, original, served)
+        _patches.append((module, name, original, served))
         setattr(module, name, served)
 
 

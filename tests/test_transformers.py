@@ -62,7 +62,9 @@ def rel_l2(x, reference):
 
 
 def functions(module):
-    return {name: vars(module)[name] for name in (*NAMES, "causal_conv1d_fn") if name in vars(module)}
+    return {
+        name: vars(module)[name] for name in (*NAMES, "causal_conv1d_fn") if name in vars(module)
+    }
 
 
 def rule_layer(model):
@@ -242,15 +244,22 @@ def test_a_function_replaced_meanwhile_stays():
         module.torch_chunk_gated_delta_rule = before
 
 
-def test_a_module_imported_later_is_served(monkeypatch):
-    name = tiny_models.modeling("olmo_hybrid").__name__
+@pytest.mark.parametrize("how", ["imported", "reloaded"])
+def test_a_module_that_comes_later_is_served(how, monkeypatch):
+    module = tiny_models.modeling("olmo_hybrid")
+    kept = dict(vars(module))
     served.enable()
-    monkeypatch.delitem(sys.modules, name)
-    module = importlib.import_module(name)
-    assert all(f.__wrapped__ is not None for f in functions(module).values())
-    assert "served" in module.torch_chunk_gated_delta_rule.__code__.co_name
+    if how == "imported":
+        monkeypatch.delitem(sys.modules, module.__name__)
+        module = importlib.import_module(module.__name__)
+    else:
+        importlib.reload(module)
+    during = functions(module)
     served.disable()
-    assert "served" not in module.torch_chunk_gated_delta_rule.__code__.co_name
+    for name, function in functions(module).items():
+        assert during[name].__wrapped__ is function
+        assert function is not kept[name]
+    vars(module).update(kept)
 
 
 def test_other_models_with_a_short_convolution_are_left_alone():
@@ -281,7 +290,10 @@ def test_gradients_fall_through_and_warn_once(calls):
     ("change", "reason"),
     [
         (lambda x: x.to("meta"), "on meta"),
-        (lambda x: torch.nn.functional.dropout(x).as_subclass(type("Mine", (torch.Tensor,), {})), "Mine"),
+        (
+            lambda x: torch.nn.functional.dropout(x).as_subclass(type("Mine", (torch.Tensor,), {})),
+            "Mine",
+        ),
     ],
     ids=["device", "subclass"],
 )

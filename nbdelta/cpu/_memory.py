@@ -9,7 +9,7 @@ of compilations.
 import numpy as np
 
 from nbdelta.cpu._jit import njit
-from nbdelta.cpu._simd import REAL, W, tile
+from nbdelta.cpu._simd import REAL, W, itemsize, tile
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
@@ -128,8 +128,9 @@ def _put_16(REAL, code, source, target):
 
 
 @njit()
-def load_row(REAL, SIZE, code, source, step, n, target):
+def load_row(REAL, code, source, step, n, target):
     """Bring n numbers of a dtype, `step` bytes apart, into a row padded with zeros."""
+    SIZE = itemsize(REAL)
     done = 0
     if step == element_size(code):
         while done + W <= n:
@@ -142,8 +143,9 @@ def load_row(REAL, SIZE, code, source, step, n, target):
 
 
 @njit()
-def store_row(REAL, SIZE, code, source, n, target, step):
+def store_row(REAL, code, source, n, target, step):
     """Write a row's n numbers as dtype `code`, `step` bytes apart."""
+    SIZE = itemsize(REAL)
     done = 0
     if step == element_size(code):
         while done + W <= n:
@@ -154,52 +156,57 @@ def store_row(REAL, SIZE, code, source, n, target, step):
 
 
 @njit()
-def zero_rows(REAL, SIZE, target, n):
+def zero_rows(REAL, target, n):
     """Write n rows of 16 zeros, one behind the other."""
+    SIZE = itemsize(REAL)
     for i in range(n):
         fill_row(REAL, REAL(0), target + i * W * SIZE)
 
 
 @njit()
-def load_tokens(REAL, SIZE, code, source, token_step, step, n, width, target):
+def load_tokens(REAL, code, source, token_step, step, n, width, target):
     """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
+    SIZE = itemsize(REAL)
     row = (width + W - 1) // W * W * SIZE
     for t in range(n):
-        load_row(REAL, SIZE, code, source + t * token_step, step, width, target + t * row)
-    zero_rows(REAL, SIZE, target + n * row, (W - n) * row // (W * SIZE))
+        load_row(REAL, code, source + t * token_step, step, width, target + t * row)
+    zero_rows(REAL, target + n * row, (W - n) * row // (W * SIZE))
 
 
 @njit()
-def load_columns(REAL, SIZE, code, source, row_step, step, K, n, target, target_step):
+def load_columns(REAL, code, source, row_step, step, K, n, target, target_step):
     """Bring n <= 16 columns of a state [K, V] into rows of 16 numbers, padded with zeros."""
-    if code == _own_code(SIZE) and step == SIZE and n == W:
+    SIZE = itemsize(REAL)
+    if code == own_code(REAL) and step == SIZE and n == W:
         copy_rows(REAL, source, row_step, target, target_step, K)
     else:
         for i in range(K):
-            load_row(REAL, SIZE, code, source + i * row_step, step, n, target + i * target_step)
+            load_row(REAL, code, source + i * row_step, step, n, target + i * target_step)
     for i in range(K, (K + W - 1) // W * W):
         fill_row(REAL, REAL(0), target + i * target_step)
 
 
 @njit()
-def store_columns(REAL, SIZE, code, source, source_step, K, n, target, row_step, step):
+def store_columns(REAL, code, source, source_step, K, n, target, row_step, step):
     """Write K rows of n <= 16 columns to a state [K, V]."""
-    if code == _own_code(SIZE) and step == SIZE and n == W:
+    SIZE = itemsize(REAL)
+    if code == own_code(REAL) and step == SIZE and n == W:
         copy_rows(REAL, source, source_step, target, row_step, K)
     else:
         for i in range(K):
-            store_row(REAL, SIZE, code, source + i * source_step, n, target + i * row_step, step)
+            store_row(REAL, code, source + i * source_step, n, target + i * row_step, step)
 
 
 @njit()
-def _own_code(SIZE):
-    return FLOAT64 if SIZE == 8 else FLOAT32
+def own_code(REAL):
+    return FLOAT64 if itemsize(REAL) == 8 else FLOAT32
 
 
 @njit()
-def is_plain(SIZE, code, step, width):
+def is_plain(REAL, code, step, width):
     """Say whether rows serve where they lie: compute dtype, contiguous, whole tiles."""
-    return code == _own_code(SIZE) and step == SIZE and width % W == 0
+    SIZE = itemsize(REAL)
+    return code == own_code(REAL) and step == SIZE and width % W == 0
 
 
 def real_of(dtype):

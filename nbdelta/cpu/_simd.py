@@ -477,3 +477,22 @@ def read_int64(typingctx, address):
         return builder.load(builder.inttoptr(args[0], I64.as_pointer()))
 
     return types.int64(types.int64), codegen
+
+
+def _constant_of(function):
+    """Make a kernel function of REAL that is ``function(bytes of REAL)``, known while compiling."""
+
+    def typing(typingctx, real):
+        size = 8 if real.dtype == types.float64 else 4
+
+        def codegen(context, builder, signature, args):
+            return ir.Constant(I64, function(size))
+
+        return types.int64(real), codegen
+
+    return intrinsic(typing)
+
+
+itemsize = _constant_of(lambda size: size)
+rows_of_tile = _constant_of(tile_rows)
+lanes_of = _constant_of(native_lanes)

@@ -13,18 +13,27 @@ loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 from nbdelta.cpu._simd import REAL, W, tile
 
 
-def fma_panel(e, acc, panel, strip, n, maybe_empty=False):
-    """acc[i] += panel[s][i] * strip[s][:] for s < n; n is a multiple of the tile's rows."""
-    unroll = min(e.mr, 8)
+def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None):
+    """acc[i] += panel[s][i] * strip[s][:] for s < n; n is a multiple of the tile's rows.
 
-    def body(offset, acc):
+    `fetch` is an address and a step: one line a round is brought into the cache, so that the misses
+    of the next block are spread over the arithmetic of this one.
+    """
+    unroll = min(e.mr, 8)
+    m = len(acc)
+
+    def body(offset, carried):
+        acc = carried[:m]
+        if fetch:
+            e.prefetch(carried[m])
         for u in range(unroll):
             x = e.load(strip + offset, u * e.row)
             a = panel + offset
-            acc = [e.fma(e.bcast(a, u * e.row + i * e.size), x, acc[i]) for i in range(len(acc))]
-        return acc
+            acc = [e.fma(e.bcast(a, u * e.row + i * e.size), x, acc[i]) for i in range(m)]
+        return [*acc, carried[m] + fetch[1]] if fetch else acc
 
-    return e.loop(n * e.row, acc, body, unroll * e.row, maybe_empty)
+    carried = [*acc, fetch[0]] if fetch else acc
+    return e.loop(n * e.row, carried, body, unroll * e.row, maybe_empty)[:m]
 
 
 # ---- rows of tokens to panels ----
@@ -297,7 +306,7 @@ def finish_pairs(e, kk, qk, neg_beta, scale, a, p):
 
 
 @tile
-def solve(e, panel, strip, n, first, v, v_step, beta):
+def solve(e, panel, strip, n, first, v, v_step, beta, ahead, ahead_step):
     """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the
     strip.
 
@@ -307,7 +316,7 @@ def solve(e, panel, strip, n, first, v, v_step, beta):
     v, panel = v + first * v_step, panel + first * e.size
     acc = [e.load(v + v_step * i) * e.bcast(beta + first * e.size, i * e.size) for i in range(e.mr)]
     n = n + first
-    acc = fma_panel(e, acc, panel, strip, n, maybe_empty=True)
+    acc = fma_panel(e, acc, panel, strip, n, maybe_empty=True, fetch=(ahead, ahead_step))
     triangle, u = panel + n * e.row, strip + n * e.row
     for j in range(e.mr):
         e.store(acc[j], u, j * e.row)

@@ -14,6 +14,7 @@ only reads rows up to i.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,7 +68,7 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, native_lanes, read_int64, tile_rows
+from nbdelta.cpu._simd import W, claim, itemsize, lanes_of, read_int64, rows_of_tile
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import (
     KEY_GATE,
@@ -99,34 +100,53 @@ from nbdelta.cpu._tiles import (
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
 
-def layout(base, SIZE, KP, VP, strips):
-    """Addresses of a worker's buffers from `base` on, and their end, for padded head sizes.
+class Scratch(NamedTuple):
+    """Addresses of a worker's buffers. The strips come first, from the start of its memory on."""
 
-    Compiled into the kernel and called as it is by the host. In this order: state strips; panels
-    of k and q with their triangles; rows of k that meet U; three buffers of [16][K] (k, q and k
-    rows, or k, q and decay rows); two of 16 x 16 (products); staged k, q, g, v, o; e^G_last per
-    channel; gates and the like.
+    keys: int  # panel [-beta e^G K | -A]
+    queries: int  # panel [scale e^G Q | P]
+    updates: int  # K e^(G_last - G) as rows
+    x: int  # three buffers [16][K]: k, q as columns and k as rows; KDA: k, q and e^g token by token
+    y: int
+    z: int
+    kk: int  # products k.k and q.k of the block, 16 x 16
+    qk: int
+    k: int  # staged rows of the arrays that do not serve where they lie
+    q: int
+    g: int
+    v: int
+    o: int
+    decay: int  # e^G_last, one per channel
+    bias: int  # dt_bias of the head
+    gates: int  # six rows, see gate_products
+    beta: int
+    log_decay: int
+    k_norm: int
+    q_norm: int
+    end: int
+
+
+def layout(start, size, KP, VP, strips):
+    """Carve a worker's memory: padded head sizes, `strips` resident strips, `size` bytes a number.
+
+    Compiled into the kernel, and called as it is by the host, which wants to know the end.
     """
-    row = W * SIZE
-    panel, tokens, values = (KP + W) * row, KP * row, VP * row
-    key_panel = base + strips * panel
-    query_panel = key_panel + panel
-    updates = query_panel + panel
+    row = W * size
+    panel, tokens, values, channels = (KP + W) * row, KP * row, VP * row, KP * size
+    keys = start + strips * panel
+    updates = keys + 2 * panel
     x = updates + tokens
-    y, z = x + tokens, x + 2 * tokens
-    kk = z + tokens
-    qk = kk + W * row
-    k = qk + W * row
-    q, g = k + tokens, k + 2 * tokens
-    v = g + tokens
-    o = v + values
-    decay = o + values
-    bias = decay + KP * SIZE
-    gates = bias + KP * SIZE
-    small = gates + 6 * row
-    return (
-        key_panel, query_panel, updates, x, y, z, kk, qk, k, q, g, v, o, decay, bias, gates, small,
-        small + 4 * row,
+    kk = x + 3 * tokens
+    k = kk + 2 * W * row
+    v = k + 3 * tokens
+    decay = v + 2 * values
+    gates = decay + 2 * channels
+    beta = gates + 6 * row
+    return Scratch(
+        keys, keys + panel, updates, x, x + tokens, x + 2 * tokens, kk, kk + W * row, k, k + tokens,
+        k + 2 * tokens, v, v + values, decay, decay + channels, gates, beta, beta + row,
+        beta + 2 * row,
+        beta + 3 * row, beta + 4 * row,
     )  # fmt: skip
 
 
@@ -134,7 +154,12 @@ _layout = njit()(layout)
 
 
 @njit()
-def _load_16(REAL, SIZE, x, b, t, n, hv, default, target):
+def _padded(n):
+    return (n + W - 1) // W * W
+
+
+@njit()
+def _load_16(REAL, x, b, t, n, hv, default, target):
     """N numbers of ``x[b, t:, hv]`` and zeros, or `default` where x is not given."""
     for i in range(W):
         value = REAL(0)
@@ -142,45 +167,46 @@ def _load_16(REAL, SIZE, x, b, t, n, hv, default, target):
             value = REAL(default)
             if x[0]:
                 value = get(REAL, x[1], at(x, b, t + i, hv))
-        save(REAL, target + i * SIZE, value)
+        save(REAL, target + i * itemsize(REAL), value)
 
 
 @njit()
-def _load_beta(REAL, SIZE, desc, b, t, n, hv, target):
-    _load_16(REAL, SIZE, array_at(desc, BETA), b, t, n, hv, 1.0, target)
+def _load_beta(REAL, desc, b, t, n, hv, target):
+    _load_16(REAL, array_at(desc, BETA), b, t, n, hv, 1.0, target)
     if desc[SIGMOID_BETA]:
         sigmoid_row(REAL, target, REAL(real(desc, BETA_FACTOR)), target)
-        _clear_after(REAL, SIZE, n, target)
+        _clear_after(REAL, n, target)
 
 
 @njit()
-def _clear_after(REAL, SIZE, n, target):
+def _clear_after(REAL, n, target):
     """Padding tokens have gate 0 and beta 0: they change nothing."""
     for i in range(n, W):
-        save(REAL, target + i * SIZE, REAL(0))
+        save(REAL, target + i * itemsize(REAL), REAL(0))
 
 
 @njit()
-def _load_token_gates(REAL, SIZE, desc, b, t, n, hv, factor, bias, target):
+def _load_token_gates(REAL, desc, b, t, n, hv, m):
     """16 log decays of a value head with one gate per token."""
-    _load_16(REAL, SIZE, array_at(desc, G), b, t, n, hv, 0.0, target)
+    _load_16(REAL, array_at(desc, G), b, t, n, hv, 0.0, m.log_decay)
     if desc[RAW_GATE]:
-        apply_gate(REAL, SIZE, desc, factor, bias, target, 1)
-        _clear_after(REAL, SIZE, n, target)
+        load_bias(REAL, desc, hv, 1, m.bias)
+        apply_gate(REAL, desc, gate_factor(desc, hv), m.bias, m.log_decay, 1)
+        _clear_after(REAL, n, m.log_decay)
 
 
 @njit()
-def _token_rows(REAL, SIZE, x, b, t, n, h, width, staged):
+def _token_rows(REAL, x, b, t, n, h, width, staged):
     """Address and step of 16 padded token rows: the caller's own where they serve, else a copy."""
     source = at(x, b, t, h)
-    if n == W and is_plain(SIZE, x[1], x[5], width):
+    if n == W and is_plain(REAL, x[1], x[5], width):
         return source, x[3]
-    load_tokens(REAL, SIZE, x[1], source, x[3], x[5], n, width, staged)
-    return staged, (width + W - 1) // W * W * SIZE
+    load_tokens(REAL, x[1], source, x[3], x[5], n, width, staged)
+    return staged, _padded(width) * itemsize(REAL)
 
 
 @njit()
-def _norms(REAL, SIZE, desc, x, step, KP, out):
+def _norms(REAL, desc, x, step, KP, out):
     """Factors that normalise 16 rows, or ones."""
     eps = real(desc, EPS)
     if eps < 0:
@@ -190,210 +216,195 @@ def _norms(REAL, SIZE, desc, x, step, KP, out):
 
 
 @njit()
-def _products(REAL, MR, columns, others, KP, out):
-    for first in range(0, W, MR):
-        gram(REAL, columns, others, first, KP, out)
-
-
-@njit()
-def _pairs(REAL, SIZE, LANES, KP, k_rows, q_rows, decay_rows, kk, qk, neg_beta, scale, a, p):
-    """Triangles A and P of a block whose decay differs by channel."""
-    row, step, many = W * SIZE, KP * SIZE, MANY * LANES
+def _pairs(REAL, KP, m, neg_beta, scale, a, p):
+    """Triangles A and P of a block whose decay differs by channel, token j after token j."""
+    size, lanes = itemsize(REAL), lanes_of(REAL)
+    row, step, register = W * size, KP * size, lanes * size
     for j in range(W):
-        at = j * step
-        clear_pairs(REAL, W - j, kk + j * LANES * SIZE, qk + j * LANES * SIZE)
-        done = 0
+        kk, qk = m.kk + j * register, m.qk + j * register
+        clear_pairs(REAL, W - j, kk, qk)
+        done, later = 0, W - 1 - j
         while done < KP:
-            c = at + done * SIZE
-            i = j * LANES * SIZE
-            args = (k_rows + c, q_rows + c, decay_rows + c, step, W - 1 - j, kk + i, qk + i)
-            if done + many <= KP:
-                many_pair_sums(REAL, *args)
-                done += many
+            i = j * step + done * size
+            if done + MANY * lanes <= KP:
+                many_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
+                done += MANY * lanes
             else:
-                few_pair_sums(REAL, *args)
+                few_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
                 done += W
-        finish_pairs(REAL, kk, qk, neg_beta, scale, a + j * row, p + j * row)
+        finish_pairs(REAL, m.kk, m.qk, neg_beta, scale, a + j * row, p + j * row)
 
 
 @njit()
-def _load_states(REAL, SIZE, desc, h0, slot, hk, first, last, strips):
+def _load_states(REAL, desc, h0, slot, hk, first, last, strips):
     """Bring columns first.. of a key head's states into strips."""
-    r, k, v = desc[HV] // desc[H], desc[K], desc[V]
-    panel = ((k + W - 1) // W * W + W) * W * SIZE
+    k, v, row = desc[K], desc[V], W * itemsize(REAL)
     target = strips
-    for j in range(r):
+    for j in range(desc[HV] // desc[H]):
         for s in range(first, last):
             if h0[0]:
                 source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
-                n = min(W, v - s * W)
-                load_columns(REAL, SIZE, h0[1], source, h0[4], h0[5], k, n, target, W * SIZE)
+                width = min(W, v - s * W)
+                load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
             else:
-                zero_rows(REAL, SIZE, target, panel // (W * SIZE) - W)
-            target += panel
+                zero_rows(REAL, target, _padded(k))
+            target += (_padded(k) + W) * row
 
 
 @njit()
-def _store_states(REAL, SIZE, desc, ht, slot, hk, first, last, strips):
-    r, k, v = desc[HV] // desc[H], desc[K], desc[V]
-    panel = ((k + W - 1) // W * W + W) * W * SIZE
+def _store_states(REAL, desc, ht, slot, hk, first, last, strips):
+    k, v, row = desc[K], desc[V], W * itemsize(REAL)
     source = strips
-    for j in range(r):
+    for j in range(desc[HV] // desc[H]):
         for s in range(first, last):
             target = at(ht, slot, value_head(desc, hk, j), 0) + s * W * ht[5]
-            n = min(W, v - s * W)
-            store_columns(REAL, SIZE, ht[1], source, W * SIZE, k, n, target, ht[4], ht[5])
-            source += panel
+            width = min(W, v - s * W)
+            store_columns(REAL, ht[1], source, row, k, width, target, ht[4], ht[5])
+            source += (_padded(k) + W) * row
 
 
 @njit()
-def _state_products(
-    REAL, SIZE, MR, KP, keys, queries, updates, decay, beta, v, v_step, o, o_step, strip
-):
-    """U, O and the new state for one strip of 16 columns."""
-    for first in range(0, W, MR):
-        solve(REAL, keys, strip, KP, first, v, v_step, beta)
-    for first in range(0, W, MR):
-        output(REAL, queries, strip, KP, first, o, o_step)
-    row, u = W * SIZE, strip + KP * W * SIZE
+def _head_gates(REAL, desc, m, b, t, n, hv):
+    """Panels of a value head with one gate per token, from the products of its key head."""
+    row, KP = W * itemsize(REAL), _padded(desc[K])
+    _load_token_gates(REAL, desc, b, t, n, hv, m)
+    scale = REAL(real(desc, SCALE))
+    gate_products(REAL, m.log_decay, m.beta, scale, m.gates)
+    scale_columns(REAL, m.x, m.gates + KEY_GATE * row, KP, m.keys)
+    scale_columns(REAL, m.y, m.gates + QUERY_GATE * row, KP, m.queries)
+    triangle = KP * row
+    decay_pairs(REAL, m.kk, m.qk, m.gates, scale, m.keys + triangle, m.queries + triangle)
+    scale_rows(REAL, m.z, m.gates + SUFFIX * row, KP // W, m.updates)
+    last = load(REAL, m.gates + PREFIX * row + (W - 1) * itemsize(REAL))
     for c in range(0, KP, W):
-        update(REAL, updates + c * row, strip + c * row, u, decay + c * SIZE)
+        fill_row(REAL, last, m.decay + c * itemsize(REAL))
+
+
+@njit()
+def _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
+    """Panels of a value head with one gate per token and channel."""
+    size, KP, g = itemsize(REAL), _padded(desc[K]), array_at(desc, G)
+    row, step = W * size, KP * size
+    if desc[RAW_GATE]:
+        g_rows, g_step = m.g, step
+        load_tokens(REAL, g[1], at(g, b, t, hv), g[3], g[5], n, desc[K], m.g)
+        load_bias(REAL, desc, hv, desc[K], m.bias)
+        factor = gate_factor(desc, hv)
+        for i in range(n):
+            apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
+    else:
+        g_rows, g_step = _token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
+    neg_beta = m.gates + NEG_BETA * row
+    for i in range(0, row, size):
+        save(REAL, neg_beta + i, -load(REAL, m.beta + i))
+    scale = REAL(real(desc, SCALE))
+    for c in range(0, KP, W):
+        i, tile = c * size, c * row
+        key_panels(
+            REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, neg_beta, step, m.x + i,
+            m.z + i, m.keys + tile, m.decay + i,
+        )  # fmt: skip
+        query_panels(
+            REAL, q_rows + i, q_step, m.q_norm, m.z + i, scale, step, m.y + i, m.queries + tile
+        )
+        suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
+    triangle = KP * row
+    _pairs(REAL, KP, m, neg_beta, scale, m.keys + triangle, m.queries + triangle)
+
+
+@njit()
+def _key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+    """What the value heads of a key head share when the gate is one per token."""
+    size, KP = itemsize(REAL), _padded(desc[K])
+    for c in range(0, KP, W):
+        i, tile = c * size, c * W * size
+        pack_columns_and_rows(REAL, k_rows + i, k_step, m.k_norm, m.x + tile, m.z + tile)
+        pack_columns(REAL, q_rows + i, q_step, m.q_norm, m.y + tile)
+    for first in range(0, W, rows_of_tile(REAL)):
+        gram(REAL, m.x, m.x, first, KP, m.kk)
+        gram(REAL, m.x, m.y, first, KP, m.qk)
+
+
+@njit()
+def _value_strips(REAL, desc, m, b, t, n, hv, first, last, strips):
+    """U, O and the new state of a value head, one strip of 16 columns after the other."""
+    size, KP, width = itemsize(REAL), _padded(desc[K]), desc[V]
+    row, MR = W * size, rows_of_tile(REAL)
+    v, o = array_at(desc, VALUE), array_at(desc, O)
+    v_rows, v_step = _token_rows(REAL, v, b, t, n, hv, width, m.v)
+    direct = n == W and is_plain(REAL, o[1], o[5], width)
+    o_rows, o_step = m.o, _padded(width) * size
+    if direct:
+        o_rows, o_step = at(o, b, t, hv), o[3]
+    for s in range(first, last):
+        strip, i = strips + (s - first) * (KP + W) * row, s * row
+        for j in range(0, W, MR):
+            ahead = v_rows + (W + j) * v_step + i
+            solve(REAL, m.keys, strip, KP, j, v_rows + i, v_step, m.beta, ahead, v_step)
+        for j in range(0, W, MR):
+            output(REAL, m.queries, strip, KP, j, o_rows + i, o_step)
+        for c in range(0, KP, W):
+            update(REAL, m.updates + c * row, strip + c * row, strip + KP * row, m.decay + c * size)
+    if not direct:
+        left, right = first * W, min(width, last * W)
+        for c in range(n):
+            target = at(o, b, t + c, hv) + left * o[5]
+            store_row(REAL, o[1], o_rows + c * o_step + left * size, right - left, target, o[5])
 
 
 @cache
 def _chunk_kernel(REAL, PER_CHANNEL):
-    SIZE = np.dtype(REAL).itemsize
-    ROW = W * SIZE
-    MR = tile_rows(SIZE)
-    LANES = native_lanes(SIZE)
-    KEY_SOURCES = SOURCES
+    STAMP = SOURCES
 
     @kernel
     def chunk_kernel(desc, worker):
-        stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
-        q, k, v, g = (
-            array_at(desc, Q),
-            array_at(desc, KEY),
-            array_at(desc, VALUE),
-            array_at(desc, G),
-        )
-        h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
-        checkpoints = array_at(desc, CHECKPOINTS)
-        interval, parts = desc[INTERVAL], desc[PARTS]
-        r = desc[HV] // desc[H]
-        KP, VP = (desc[K] + W - 1) // W * W, (desc[V] + W - 1) // W * W
-        scale = REAL(real(desc, SCALE))
-        base = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
-        panel = (KP + W) * ROW
+        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
+        q, k, h0, ht = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, H0), array_at(desc, HT),
+        )  # fmt: skip
+        r, interval, parts = desc[HV] // desc[H], desc[INTERVAL], desc[PARTS]
+        KP, VP = _padded(desc[K]), _padded(desc[V])
         per_part = (VP // W + parts - 1) // parts
-        strips = base
-        (
-            keys, queries, updates, x, y, z, kk, qk, staged_k, staged_q, staged_g, staged_v,
-            staged_o, decay, bias, gates, small, _,
-        ) = _layout(base, SIZE, KP, VP, r * per_part)  # fmt: skip
-        beta, log_gates, k_norm, q_norm = small, small + ROW, small + 2 * ROW, small + 3 * ROW
-
+        strips = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
+        m = _layout(strips, itemsize(REAL), KP, VP, r * per_part)
+        strip = (KP + W) * W * itemsize(REAL)
         while True:
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
                 break
-            part = item % parts
-            hk = item // parts % desc[H]
-            seq = item // parts // desc[H]
+            part, hk, seq = item % parts, item // parts % desc[H], item // parts // desc[H]
             b, bos, eos = sequence(desc, seq)
             if eos - bos < desc[MIN_LENGTH] or eos - bos > desc[MAX_LENGTH]:
                 continue
             first, last = part * per_part, min((part + 1) * per_part, VP // W)
-            _load_states(REAL, SIZE, desc, h0, seq, hk, first, last, strips)
+            _load_states(REAL, desc, h0, seq, hk, first, last, strips)
             t = bos
             while t < eos:
                 n = min(W, eos - t)
                 if interval:
                     n = min(n, interval - (t - bos) % interval)
-                k_rows, k_step = _token_rows(REAL, SIZE, k, b, t, n, hk, desc[K], staged_k)
-                q_rows, q_step = _token_rows(REAL, SIZE, q, b, t, n, hk, desc[K], staged_q)
-                _norms(REAL, SIZE, desc, k_rows, k_step, KP, k_norm)
-                _norms(REAL, SIZE, desc, q_rows, q_step, KP, q_norm)
+                k_rows, k_step = _token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
+                q_rows, q_step = _token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
+                _norms(REAL, desc, k_rows, k_step, KP, m.k_norm)
+                _norms(REAL, desc, q_rows, q_step, KP, m.q_norm)
                 if not PER_CHANNEL:
-                    for c in range(0, KP, W):
-                        i, tile = c * SIZE, c * ROW
-                        pack_columns_and_rows(REAL, k_rows + i, k_step, k_norm, x + tile, z + tile)
-                        pack_columns(REAL, q_rows + i, q_step, q_norm, y + tile)
-                    _products(REAL, MR, x, x, KP, kk)
-                    _products(REAL, MR, x, y, KP, qk)
+                    _key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
                 for j in range(r):
                     hv = value_head(desc, hk, j)
-                    _load_beta(REAL, SIZE, desc, b, t, n, hv, beta)
-                    factor = gate_factor(desc, hv)
+                    _load_beta(REAL, desc, b, t, n, hv, m.beta)
                     if PER_CHANNEL:
-                        g_rows, g_step = staged_g, KP * SIZE
-                        if desc[RAW_GATE]:
-                            load_tokens(
-                                REAL, SIZE, g[1], at(g, b, t, hv), g[3], g[5], n, desc[K], staged_g
-                            )
-                            load_bias(REAL, SIZE, desc, hv, desc[K], bias)
-                            for i in range(n):
-                                apply_gate(
-                                    REAL, SIZE, desc, factor, bias, g_rows + i * g_step, KP // W
-                                )
-                        else:
-                            g_rows, g_step = _token_rows(
-                                REAL, SIZE, g, b, t, n, hv, desc[K], staged_g
-                            )
-                        neg_beta = gates + NEG_BETA * ROW
-                        for i in range(W):
-                            save(REAL, neg_beta + i * SIZE, -load(REAL, beta + i * SIZE))
-                        for c in range(0, KP, W):
-                            i, tile = c * SIZE, c * ROW
-                            key_panels(
-                                REAL, k_rows + i, k_step, k_norm, g_rows + i, g_step, neg_beta,
-                                KP * SIZE, x + i, z + i, keys + tile, decay + i,
-                            )  # fmt: skip
-                            query_panels(
-                                REAL, q_rows + i, q_step, q_norm, z + i, scale, KP * SIZE, y + i,
-                                queries + tile,
-                            )  # fmt: skip
-                            suffix_rows(REAL, x + i, z + i, KP * SIZE, updates + tile)
-                        _pairs(
-                            REAL, SIZE, LANES, KP, x, y, z, kk, qk, neg_beta, scale, keys + KP *
-                            ROW, queries + KP * ROW,
-                        )  # fmt: skip
+                        _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
                     else:
-                        load_bias(REAL, SIZE, desc, hv, W, bias)
-                        _load_token_gates(REAL, SIZE, desc, b, t, n, hv, factor, bias, log_gates)
-                        gate_products(REAL, log_gates, beta, scale, gates)
-                        scale_columns(REAL, x, gates + KEY_GATE * ROW, KP, keys)
-                        scale_columns(REAL, y, gates + QUERY_GATE * ROW, KP, queries)
-                        decay_pairs(REAL, kk, qk, gates, scale, keys + KP * ROW, queries + KP * ROW)
-                        scale_rows(REAL, z, gates + SUFFIX * ROW, KP // W, updates)
-                        total = load(REAL, gates + PREFIX * ROW + (W - 1) * SIZE)
-                        for c in range(0, KP, W):
-                            fill_row(REAL, total, decay + c * SIZE)
-                    v_rows, v_step = _token_rows(REAL, SIZE, v, b, t, n, hv, desc[V], staged_v)
-                    o_rows, o_step = staged_o, VP * SIZE
-                    direct = n == W and is_plain(SIZE, o[1], o[5], desc[V])
-                    if direct:
-                        o_rows, o_step = at(o, b, t, hv), o[3]
-                    for s in range(first, last):
-                        i = s * ROW
-                        _state_products(
-                            REAL, SIZE, MR, KP, keys, queries, updates, decay, beta, v_rows + i,
-                            v_step, o_rows + i, o_step, strips + (j * (last - first) + s - first) *
-                            panel,
-                        )  # fmt: skip
-                    if not direct:
-                        i, width = first * W, min(desc[V], last * W) - first * W
-                        for c in range(n):
-                            store_row(
-                                REAL, SIZE, o[1], o_rows + c * o_step + i * SIZE, width,
-                                at(o, b, t + c, hv) + i * o[5], o[5],
-                            )  # fmt: skip
+                        _head_gates(REAL, desc, m, b, t, n, hv)
+                    own = strips + j * (last - first) * strip
+                    _value_strips(REAL, desc, m, b, t, n, hv, first, last, own)
                 t += n
                 if interval and (t - bos) % interval == 0:
                     slot = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + (t - bos) // interval - 1
-                    _store_states(REAL, SIZE, desc, checkpoints, slot, hk, first, last, strips)
+                    kept = array_at(desc, CHECKPOINTS)
+                    _store_states(REAL, desc, kept, slot, hk, first, last, strips)
             if ht[0]:
-                _store_states(REAL, SIZE, desc, ht, seq, hk, first, last, strips)
+                _store_states(REAL, desc, ht, seq, hk, first, last, strips)
 
     return chunk_kernel
 

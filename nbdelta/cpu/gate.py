@@ -29,8 +29,8 @@ from nbdelta.cpu._call import (
     real,
 )
 from nbdelta.cpu._jit import SOURCES, kernel, njit
-from nbdelta.cpu._memory import get, load_row, real_of, store_row, zero_rows
-from nbdelta.cpu._simd import W, claim
+from nbdelta.cpu._memory import fill_row, get, load_row, real_of, store_row, zero_rows
+from nbdelta.cpu._simd import W, claim, itemsize
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import bounded_gate, softplus_gate
 
@@ -39,13 +39,15 @@ TOKENS = 64
 
 
 @njit()
-def load_bias(REAL, SIZE, desc, hv, n, target):
-    """dt_bias of a value head as a row of n numbers; a bias per head is repeated."""
+def load_bias(REAL, desc, hv, n, target):
+    """dt_bias of a value head as a row of n numbers, a single one in all 16 lanes."""
     bias = array_at(desc, DT_BIAS)
-    if bias[0]:
-        load_row(REAL, SIZE, bias[1], bias[0] + hv * bias[2], bias[3], n, target)
+    if bias[0] and n == 1:
+        fill_row(REAL, get(REAL, bias[1], bias[0] + hv * bias[2]), target)
+    elif bias[0]:
+        load_row(REAL, bias[1], bias[0] + hv * bias[2], bias[3], n, target)
     else:
-        zero_rows(REAL, SIZE, target, (n + W - 1) // W)
+        zero_rows(REAL, target, (n + W - 1) // W)
 
 
 @njit()
@@ -58,9 +60,9 @@ def gate_factor(desc, hv):
 
 
 @njit()
-def apply_gate(REAL, SIZE, desc, factor, bias, x, n):
+def apply_gate(REAL, desc, factor, bias, x, n):
     """Turn n rows of 16 raw gates into log decays in place."""
-    bound = real(desc, BOUND)
+    SIZE, bound = itemsize(REAL), real(desc, BOUND)
     for i in range(n):
         row = i * W * SIZE
         if bound == 0.0:
@@ -87,12 +89,12 @@ def _gate_kernel(REAL):
             if item >= desc[ITEMS]:
                 break
             block, hv, b = item % blocks, item // blocks % desc[HV], item // blocks // desc[HV]
-            load_bias(REAL, SIZE, desc, hv, n, bias)
+            load_bias(REAL, desc, hv, n, bias)
             factor = gate_factor(desc, hv)
             for t in range(block * TOKENS, min(desc[T], (block + 1) * TOKENS)):
-                load_row(REAL, SIZE, x[1], at(x, b, t, hv), x[5], n, row)
-                apply_gate(REAL, SIZE, desc, factor, bias, row, (n + W - 1) // W)
-                store_row(REAL, SIZE, out[1], row, n, at(out, b, t, hv), out[5])
+                load_row(REAL, x[1], at(x, b, t, hv), x[5], n, row)
+                apply_gate(REAL, desc, factor, bias, row, (n + W - 1) // W)
+                store_row(REAL, out[1], row, n, at(out, b, t, hv), out[5])
 
     return gate_kernel
 

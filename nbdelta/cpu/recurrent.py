@@ -65,7 +65,7 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, read_int64
+from nbdelta.cpu._simd import W, claim, itemsize, read_int64
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import inverse_norm, scale_row, sigmoid_row, step_16, step_32, token_rows
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
@@ -93,39 +93,40 @@ _layout = njit()(layout)
 
 
 @njit()
-def _load_state(REAL, SIZE, x, source, K, V, target):
+def _load_state(REAL, x, source, K, V, target):
     """State [K, V] as padded rows."""
+    SIZE = itemsize(REAL)
     VP = (V + W - 1) // W * W
     for c in range(0, V, W):
         load_columns(
-            REAL, SIZE, x[1], source + c * x[5], x[4], x[5], K, min(W, V - c), target + c * SIZE,
+            REAL, x[1], source + c * x[5], x[4], x[5], K, min(W, V - c), target + c * SIZE,
             VP * SIZE,
         )  # fmt: skip
 
 
 @njit()
-def _store_state(REAL, SIZE, source, source_step, K, V, x, target):
+def _store_state(REAL, source, source_step, K, V, x, target):
+    SIZE = itemsize(REAL)
     for c in range(0, V, W):
         store_columns(
-            REAL, SIZE, x[1], source + c * SIZE, source_step, K, min(W, V - c), target + c * x[5],
+            REAL, x[1], source + c * SIZE, source_step, K, min(W, V - c), target + c * x[5],
             x[4], x[5],
         )  # fmt: skip
 
 
 @njit()
-def _load_vector(REAL, SIZE, desc, x, b, t, h, n, eps, target):
+def _load_vector(REAL, desc, x, b, t, h, n, eps, target):
     """K or q of a token, normalised."""
-    load_row(REAL, SIZE, x[1], at(x, b, t, h), x[5], n, target)
+    load_row(REAL, x[1], at(x, b, t, h), x[5], n, target)
     if eps >= 0:
         n = (n + W - 1) // W * W
         scale_row(REAL, target, inverse_norm(REAL, target, n, REAL(eps)), n)
 
 
 @njit()
-def _step(
-    REAL, SIZE, source, source_step, target, target_step, k, gated, K, V, v, beta, scale, qk, o
-):
+def _step(REAL, source, source_step, target, target_step, k, gated, K, V, v, beta, scale, qk, o):
     """One token for all columns of a state; source and target may be the same."""
+    SIZE = itemsize(REAL)
     width = (K + W - 1) // W * W * SIZE
     done = 0
     while done < V:
@@ -156,10 +157,10 @@ def _first_slot(desc, seq):
 
 
 @njit()
-def _zero_output(REAL, SIZE, o, b, bos, eos, hv, V, row):
-    zero_rows(REAL, SIZE, row, (V + W - 1) // W)
+def _zero_output(REAL, o, b, bos, eos, hv, V, row):
+    zero_rows(REAL, row, (V + W - 1) // W)
     for t in range(bos, eos):
-        store_row(REAL, SIZE, o[1], row, V, at(o, b, t, hv), o[5])
+        store_row(REAL, o[1], row, V, at(o, b, t, hv), o[5])
 
 
 @cache
@@ -185,8 +186,8 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
         state = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
         k_row, q_row, g_row, gated, bias, v_row, o_row, number, _ = _layout(state, SIZE, KP, VP)
         r = desc[HV] // desc[H]
-        from_input = h0[0] != 0 and is_plain(SIZE, h0[1], h0[5], nv)
-        to_output = ht[0] != 0 and is_plain(SIZE, ht[1], ht[5], nv)
+        from_input = h0[0] != 0 and is_plain(REAL, h0[1], h0[5], nv)
+        to_output = ht[0] != 0 and is_plain(REAL, ht[1], ht[5], nv)
 
         while True:
             item = claim(desc, NEXT)
@@ -199,7 +200,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
                 continue
             slot = _first_slot(desc, seq)
             if slot == PADDED:
-                _zero_output(REAL, SIZE, o, b, bos, eos, hv, nv, o_row)
+                _zero_output(REAL, o, b, bos, eos, hv, nv, o_row)
                 continue
             # the state before token t is at `source`; the one after it goes to `target`
             target, target_step = state, VP * SIZE
@@ -210,24 +211,24 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
             else:
                 source, source_step = state, VP * SIZE
                 if h0[0]:
-                    _load_state(REAL, SIZE, h0, at(h0, slot, hv, 0), nk, nv, state)
+                    _load_state(REAL, h0, at(h0, slot, hv, 0), nk, nv, state)
                 else:
-                    zero_rows(REAL, SIZE, state, KP * VP // W)
+                    zero_rows(REAL, state, KP * VP // W)
             factor = gate_factor(desc, hv)
             if desc[RAW_GATE]:
-                load_bias(REAL, SIZE, desc, hv, nk if PER_CHANNEL else W, bias)
+                load_bias(REAL, desc, hv, nk if PER_CHANNEL else 1, bias)
             for t in range(bos, eos):
-                _load_vector(REAL, SIZE, desc, k, b, t, hk, nk, eps, k_row)
-                _load_vector(REAL, SIZE, desc, q, b, t, hk, nk, eps, q_row)
-                load_row(REAL, SIZE, v[1], at(v, b, t, hv), v[5], nv, v_row)
+                _load_vector(REAL, desc, k, b, t, hk, nk, eps, k_row)
+                _load_vector(REAL, desc, q, b, t, hk, nk, eps, q_row)
+                load_row(REAL, v[1], at(v, b, t, hv), v[5], nv, v_row)
                 if PER_CHANNEL:
-                    load_row(REAL, SIZE, g[1], at(g, b, t, hv), g[5], nk, g_row)
+                    load_row(REAL, g[1], at(g, b, t, hv), g[5], nk, g_row)
                 else:
                     decay = get(REAL, g[1], at(g, b, t, hv)) if g[0] else REAL(0)
                     fill_row(REAL, decay, g_row)
                 if desc[RAW_GATE]:
                     rows = KP // W if PER_CHANNEL else 1
-                    apply_gate(REAL, SIZE, desc, factor, bias, g_row, rows)
+                    apply_gate(REAL, desc, factor, bias, g_row, rows)
                 beta = get(REAL, betas[1], at(betas, b, t, hv)) if betas[0] else REAL(1)
                 if desc[SIGMOID_BETA]:
                     fill_row(REAL, beta, number)
@@ -240,21 +241,21 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
                 _step(
-                    REAL, SIZE, source, source_step, target, target_step, k_row, gated, nk, nv,
+                    REAL, source, source_step, target, target_step, k_row, gated, nk, nv,
                     v_row, beta, scale, qk, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
-                store_row(REAL, SIZE, o[1], o_row, nv, at(o, b, t, hv), o[5])
+                store_row(REAL, o[1], o_row, nv, at(o, b, t, hv), o[5])
                 if speculative and not to_output and kept != PADDED:
-                    _store_state(REAL, SIZE, source, source_step, nk, nv, ht, at(ht, kept, hv, 0))
+                    _store_state(REAL, source, source_step, nk, nv, ht, at(ht, kept, hv, 0))
                 done = t + 1 - bos
                 if interval and done % interval == 0:
                     kept = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + done // interval - 1
                     place = at(checkpoints, kept, hv, 0)
-                    _store_state(REAL, SIZE, source, source_step, nk, nv, checkpoints, place)
+                    _store_state(REAL, source, source_step, nk, nv, checkpoints, place)
             if ht[0] and not speculative and source != at(ht, slot, hv, 0):
                 place = at(ht, slot, hv, 0)
-                _store_state(REAL, SIZE, source, source_step, nk, nv, ht, place)
+                _store_state(REAL, source, source_step, nk, nv, ht, place)
 
     return recurrent_kernel
 

@@ -34,7 +34,7 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, read_int64, tile_rows
+from nbdelta.cpu._simd import W, claim, itemsize, read_int64, tile_rows
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import pack_columns, solve
 from nbdelta.cpu.chunk_cumsum import addresses, chunk_bounds
@@ -60,8 +60,9 @@ _layout = njit()(layout)
 
 
 @njit()
-def _diagonal(REAL, SIZE, code, source, row_step, step, n, unit, inverse, negative):
+def _diagonal(REAL, code, source, row_step, step, n, unit, inverse, negative):
     """1 / D and -1 / D for the n rows of a block; padding rows are those of the identity."""
+    SIZE = itemsize(REAL)
     for i in range(W):
         factor = REAL(1)
         if i < n and not unit:
@@ -100,13 +101,13 @@ def _solve_kernel(REAL):
                 rows = min(W, n - i)
                 block = source + i * matrix[2]
                 _diagonal(
-                    REAL, SIZE, matrix[1], block + i * matrix[3], matrix[2], matrix[3], rows,
+                    REAL, matrix[1], block + i * matrix[3], matrix[2], matrix[3], rows,
                     desc[UNIT_DIAGONAL], inverse, negative,
                 )  # fmt: skip
                 for c in range(0, i + W, W):
                     width = min(W, n - c)
                     load_tokens(
-                        REAL, SIZE, matrix[1], block + c * matrix[3], matrix[2], matrix[3], rows,
+                        REAL, matrix[1], block + c * matrix[3], matrix[2], matrix[3], rows,
                         width, staged,
                     )  # fmt: skip
                     pack_columns(REAL, staged, ROW, negative, panel + c * ROW)
@@ -115,23 +116,23 @@ def _solve_kernel(REAL):
                     strip = x + (s - first) * strip_step
                     if b_source:
                         load_tokens(
-                            REAL, SIZE, b[1], b_source + i * b[2] + s * W * b[3], b[2], b[3], rows,
+                            REAL, b[1], b_source + i * b[2] + s * W * b[3], b[2], b[3], rows,
                             width, right,
                         )  # fmt: skip
                     else:
-                        zero_rows(REAL, SIZE, right, W)
+                        zero_rows(REAL, right, W)
                         if i == s * W:
                             for j in range(rows):
                                 save(REAL, right + j * (ROW + SIZE), REAL(1))
                     if b_source or i >= s * W:
                         for j in range(0, W, MR):
-                            solve(REAL, panel, strip, i, j, right, ROW, inverse)
+                            solve(REAL, panel, strip, i, j, right, ROW, inverse, right, 0)
                     else:
                         for j in range(W):
                             fill_row(REAL, REAL(0), strip + (i + j) * ROW)
                     for j in range(rows):
                         store_row(
-                            REAL, SIZE, out[1], strip + (i + j) * ROW, width,
+                            REAL, out[1], strip + (i + j) * ROW, width,
                             target + (i + j) * out[2] + s * W * out[3], out[3],
                         )  # fmt: skip
 

@@ -1,0 +1,236 @@
+"""``python -m nbdelta check``: every function against the float64 reference on this machine."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import nbdelta
+from nbdelta import console as out
+from nbdelta import naive
+from nbdelta.dispatch import rejection_reason
+from nbdelta.testing import MIXED_GATES, allowed_error, as_dtype, make_inputs, rel_l2
+
+_RULES = (
+    "gated_delta_rule",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "chunk_kda",
+    "fused_recurrent_kda",
+)
+_SIZES = {"B": 2, "T": 130, "H": 2, "HV": 4, "K": 96, "V": 60}
+_LENGTHS = np.array([0, 1, 65, 0, 64])
+_OPTIONS = (
+    *("plain", "no gate, no beta", "l2norm, states", "packed", "tiled, state v first"),
+    *("raw gate, raw beta", "bounded raw gate", "checkpoints"),
+)
+_POOLED = ("pool, in place", "speculative")
+_HARD = tuple(f"gate {gate:g}" for gate in (*MIXED_GATES[-4:], 0.0)) + ("gates mixed",)
+
+
+@dataclass
+class _Row:
+    """The worst of some calls: error and bound of the call with the largest ratio of the two."""
+
+    function: str
+    gate: str
+    dtype: str
+    cases: str
+    count: int = 0
+    error: float = 0.0
+    bound: float = 1.0
+    worst: str = ""
+    good: bool = True
+
+    def add(self, case, error, bound):
+        self.count += 1
+        good = error <= bound  # False for NaN
+        # NaN in front of everything, then the largest part of the bound that is used up
+        if not good or (self.good and error / bound >= self.error / self.bound):
+            self.error, self.bound, self.worst = error, bound, case
+        self.good = self.good and good
+
+
+def check(device="cpu", seed=0):
+    """Print the table of errors.
+
+    Parameters
+    ----------
+    device : str
+        Where the kernels run.
+    seed : int
+        Seed of the inputs.
+
+    Returns
+    -------
+    int
+        0, or 1 when an error is above its bound, or 2 when the device cannot be served.
+    """
+    console = out.console("check")
+    reason = rejection_reason("cuda:0" if device == "cuda" else device)
+    if reason is not None:
+        console.print(f"check: {device} cannot be checked: {reason}")
+        return 2
+    dtypes = ["float32", "float64", "float16"]
+    try:
+        import ml_dtypes  # noqa: F401
+
+        dtypes.append("bfloat16")
+    except ImportError:
+        console.print("bfloat16 is left out: it needs ml_dtypes")
+    rows = []
+    jobs = [(part, dtype) for dtype in dtypes for part in ("gda", "kda", "blocks")]
+    with out.progress(console, len(jobs)) as step:
+        for part, dtype in jobs:
+            step(f"{part.upper() if part != 'blocks' else 'building blocks'}, {dtype}", 0)
+            made = _check_blocks(dtype, seed) if part == "blocks" else _check_rules(part, dtype, seed)
+            rows.extend(made)
+            step("")
+    table = out.table(
+        "relative L2 error against float64, the worst head",
+        *("function", "gate", "dtype", "calls", ">n", ">error", ">bound", "", "worst call"),
+    )
+    for row in rows:
+        table.add_row(
+            *(row.function, row.gate, row.dtype, row.cases, str(row.count)),
+            *(f"{row.error:.1e}", f"{row.bound:.1e}", out.verdict(row.good), row.worst),
+        )
+    console.print(table)
+    missed = sum(not row.good for row in rows)
+    calls = sum(row.count for row in rows)
+    console.print(
+        f"[bold red]{missed} of {len(rows)} rows miss their bound[/]"
+        if missed
+        else f"[green]all {calls} calls within their bounds[/]"
+    )
+    return 1 if missed else 0
+
+
+def _check_rules(gate, dtype, seed):
+    rows = {}
+    for cases in (_OPTIONS, _POOLED, _HARD):
+        hard = cases is _HARD
+        for case in cases:
+            arguments = _arguments(case, gate, dtype, seed)
+            references = {}
+            for name in _RULES:
+                kda = name.endswith("kda")
+                if (kda and (gate == "gda" or arguments["g"] is None)) or (
+                    cases is _POOLED and "recurrent" not in name
+                ):
+                    continue
+                # all forms have one result, so one reference, token by token, serves them all
+                if not references:
+                    references["o"] = naive.fused_recurrent_gated_delta_rule(**arguments)
+                key = name, hard
+                if key not in rows:
+                    kind = "gates 0 to -inf" if hard else "options"
+                    rows[key] = _Row(name, gate.upper(), dtype, kind)
+                result = getattr(nbdelta, name)(**_own_pool(arguments))
+                _compare(rows[key], case, result, references["o"], dtype, hard)
+    return sorted(rows.values(), key=lambda row: (_RULES.index(row.function), row.cases))
+
+
+def _own_pool(arguments):
+    """Copy what a call changes in place."""
+    if "state_indices" not in arguments:
+        return arguments
+    return {**arguments, "initial_state": arguments["initial_state"].copy()}
+
+
+def _compare(row, case, result, reference, dtype, hard):
+    state_dtype = "float64" if dtype == "float64" else "float32"
+    for i, (x, ref) in enumerate(zip(result, reference, strict=True)):
+        kind, axis = (dtype, 2) if i == 0 else (state_dtype, 1)
+        row.add(case, rel_l2(x, ref, axis), allowed_error(ref, kind, axis, hard_gates=hard))
+
+
+def _arguments(case, gate, dtype, seed):
+    """Return the keyword arguments of one call."""
+    sizes = dict(_SIZES)
+    states, log_decay = None, None
+    if case in ("packed", "speculative"):
+        sizes.update(B=1, T=int(_LENGTHS.sum()) if case == "packed" else 6)
+    if case == "pool, in place":
+        sizes.update(T=1)
+    if case == "gates mixed":
+        log_decay = "mixed"
+    elif case.startswith("gate "):
+        log_decay = float(case.removeprefix("gate "))
+    if "state" in case or case == "packed" or case in _HARD:
+        states = len(_LENGTHS) if case == "packed" else sizes["B"]
+    if case in _POOLED:
+        states = 9
+    call = make_inputs(seed, **sizes, gate=gate, dtype=dtype, log_decay=log_decay, states=states)
+    call["output_final_state"] = True
+    rng = np.random.default_rng(seed + 1)
+    HV, K = sizes["HV"], sizes["K"]
+    if case == "no gate, no beta":
+        # without decay and with full strength the rule forgets nothing: short keeps it readable
+        call["g"] = call["beta"] = None
+    elif case == "l2norm, states":
+        call["use_qk_l2norm_in_kernel"] = True
+        call["k"] = as_dtype(3 * rng.standard_normal(call["k"].shape), dtype)
+    elif case == "packed":
+        call["cu_seqlens"] = np.concatenate([[0], np.cumsum(_LENGTHS)])
+    elif case == "tiled, state v first":
+        call.update(head_order="tiled", state_v_first=True, scale=0.3)
+        call["initial_state"] = call["initial_state"].swapaxes(-1, -2)
+    elif "raw gate" in case:
+        call["g"] = rng.standard_normal(call["g"].shape).astype(np.float32) - np.float32(2)
+        call["use_gate_in_kernel"] = True
+        call["A_log"] = rng.standard_normal(HV).astype(np.float32)
+        call["dt_bias"] = rng.standard_normal(HV if gate == "gda" else HV * K).astype(np.float32)
+        if case == "bounded raw gate":
+            call["lower_bound"] = -5.0
+        else:
+            call["beta"] = rng.standard_normal(call["beta"].shape).astype(np.float32)
+            call.update(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True)
+    elif case == "checkpoints":
+        call["checkpoint_interval"] = 13
+    elif case == "pool, in place":
+        call["state_indices"] = np.array([5, -1])
+    elif case == "speculative":
+        call["cu_seqlens"] = np.array([0, 3, 6])
+        call["state_indices"] = np.array([[5, 1, 3], [0, 7, -1]])
+        call["num_accepted_tokens"] = np.array([2, 1])
+    return call
+
+
+def _check_blocks(dtype, seed):
+    rng = np.random.default_rng(seed)
+    real = "float64" if dtype == "float64" else "float32"
+    rows = []
+
+    def add(name, case, out_dtype, x, reference):
+        if not rows or rows[-1].function != name:
+            rows.append(_Row(name, "", dtype, "options"))
+        bound = allowed_error(reference, out_dtype, 0)
+        rows[-1].add(case, rel_l2(x, reference, 0), bound)
+
+    # heads first: `rel_l2` looks at each of them apart
+    x = as_dtype(rng.standard_normal((3, 130, 4, 20)), dtype)
+    for reverse in (False, True):
+        for axis in (1, -1):
+            arguments = {"chunk_size": 48, "axis": axis, "reverse": reverse, "scale": 0.5}
+            got = nbdelta.chunk_local_cumsum(x, **arguments)
+            case = f"axis {axis}{', reverse' if reverse else ''}"
+            add("chunk_local_cumsum", case, "float32", got, naive.chunk_local_cumsum(x, **arguments))
+    for BT in (16, 32, 64):
+        A = as_dtype(rng.standard_normal((1, 130, 4, BT)) / BT, dtype)
+        got, reference = nbdelta.solve_tril(A), naive.solve_tril(A)
+        add("solve_tril", f"BT {BT}", dtype, got.swapaxes(0, 2), reference.swapaxes(0, 2))
+    for n, m in ((64, 64), (33, 7), (1, 1)):
+        L = as_dtype(rng.standard_normal((3, n, n)) / n + 2 * np.eye(n), dtype)
+        b = as_dtype(rng.standard_normal((3, n, m)), dtype)
+        for unit in (False, True):
+            got = nbdelta.solve_triangular(L, b, unit_diagonal=unit)
+            reference = naive.solve_triangular(L, b, unit_diagonal=unit)
+            case = f"{n} x {n}, {m} columns{', unit diagonal' if unit else ''}"
+            add("solve_triangular", case, dtype, got, reference)
+    A_log, dt_bias = (rng.standard_normal(4).astype(np.float32) for _ in range(2))
+    for bound in (None, -5.0):
+        for raw, case in ((x[..., 0], "per head"), (x, "per channel")):
+            got = nbdelta.fused_gate(raw, A_log, dt_bias, lower_bound=bound)
+            reference = naive.fused_gate(raw, A_log, dt_bias, lower_bound=bound)
+            add("fused_gate", case + (", bounded" if bound else ""), real, got, reference)
+    return rows
