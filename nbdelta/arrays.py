@@ -159,17 +159,17 @@ def view(x: object, name: str) -> View:
     if type(x) is np.ndarray:
         return _numpy_view(x, x, "numpy", name)
     torch = sys.modules.get("torch")
-    # isinstance of a torch class runs Python code and takes 0.4 us
-    if torch is not None and (type(x) is torch.Tensor or isinstance(x, torch.Tensor)):
+    if torch is not None and isinstance(x, torch.Tensor):
         return _torch_view(x, torch, name)
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array is not supported; fill it first (x.filled(...))")
     if isinstance(x, np.ndarray):
         return _numpy_view(x, x, "numpy", name)
-    if hasattr(x, "__cuda_array_interface__"):
-        return _cuda_view(x, x.__cuda_array_interface__, name)
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        return _numpy_view(x, _from_dlpack(x, name), "dlpack", name)
+    if not isinstance(x, type):  # classes have the attributes too
+        if hasattr(x, "__cuda_array_interface__"):
+            return _cuda_view(x, x.__cuda_array_interface__, name)
+        if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+            return _numpy_view(x, _from_dlpack(x, name), "dlpack", name)
     raise TypeError(
         f"{name}: expected an array (NumPy, torch, or one with DLPack), got {type(x).__name__}"
     )
@@ -267,9 +267,10 @@ def _torch_view(x: Any, torch: Any, name: str) -> View:
     if not _TORCH_DTYPES:
         _TORCH_DTYPES.update({getattr(torch, d): d for d in ITEMSIZE if hasattr(torch, d)})
     dtype = _TORCH_DTYPES.get(x.dtype)
-    if dtype is None or x.layout is not torch.strided or x.is_neg():
+    if dtype is None or x.layout is not torch.strided or x.is_nested or x.is_neg():
         raise TypeError(
             f"{name}: expected a dense tensor of real numbers, got {x.dtype}, {x.layout}"
+            + (", nested" if x.is_nested else "")
             + (", lazily negated (x.resolve_neg() helps)" if x.is_neg() else "")
         )
     if x.requires_grad and torch.is_grad_enabled():
@@ -285,9 +286,13 @@ def _torch_view(x: Any, torch: Any, name: str) -> View:
     shape = tuple(x.shape)
     if device == "meta" or (address == 0 and 0 not in shape):
         raise TypeError(f"{name}: a tensor without memory of its own (device {x.device})")
-    itemsize = ITEMSIZE[dtype]
-    strides = tuple([itemsize * s for s in x.stride()])
+    strides = _in_bytes(x.stride(), ITEMSIZE[dtype])
     return View(x, "torch", device, dtype, shape, strides, address, False)
+
+
+@lru_cache
+def _in_bytes(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple([itemsize * s for s in strides])
 
 
 def _cuda_view(x: object, interface: dict[str, Any], name: str) -> View:
@@ -295,12 +300,15 @@ def _cuda_view(x: object, interface: dict[str, Any], name: str) -> View:
     library = type(x).__module__.partition(".")[0]
     kind = library if library in ("cupy", "numba") else "dlpack"
     index = getattr(getattr(x, "device", None), "id", 0)
-    dtype = np.dtype(interface["typestr"])
+    try:
+        dtype = np.dtype(interface["typestr"])
+        shape = tuple(interface["shape"])
+        strides = tuple(interface.get("strides") or _contiguous(shape, dtype.itemsize))
+        address, readonly = interface["data"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}: malformed __cuda_array_interface__ ({error!r})") from None
     known = _NUMPY_DTYPES.get(dtype) or _name_numpy_dtype(dtype, name)
-    shape = tuple(interface["shape"])
-    strides = interface.get("strides") or _contiguous(shape, dtype.itemsize)
-    address, readonly = interface["data"]
-    return View(x, kind, f"cuda:{index}", known, shape, tuple(strides), address, readonly)
+    return View(x, kind, f"cuda:{index}", known, shape, strides, address, readonly)
 
 
 def _from_dlpack(x: Any, name: str) -> np.ndarray[Any, np.dtype[Any]]:

@@ -82,7 +82,9 @@ def check(device="cpu", seed=0):
     with out.progress(console, len(jobs)) as step:
         for part, dtype in jobs:
             step(f"{part.upper() if part != 'blocks' else 'building blocks'}, {dtype}", 0)
-            made = _check_blocks(dtype, seed) if part == "blocks" else _check_rules(part, dtype, seed)
+            made = (
+                _check_blocks(dtype, seed) if part == "blocks" else _check_rules(part, dtype, seed)
+            )
             rows.extend(made)
             step("")
     table = out.table(
@@ -214,7 +216,9 @@ def _check_blocks(dtype, seed):
             arguments = {"chunk_size": 48, "axis": axis, "reverse": reverse, "scale": 0.5}
             got = nbdelta.chunk_local_cumsum(x, **arguments)
             case = f"axis {axis}{', reverse' if reverse else ''}"
-            add("chunk_local_cumsum", case, "float32", got, naive.chunk_local_cumsum(x, **arguments))
+            add(
+                "chunk_local_cumsum", case, "float32", got, naive.chunk_local_cumsum(x, **arguments)
+            )
     for BT in (16, 32, 64):
         A = as_dtype(rng.standard_normal((1, 130, 4, BT)) / BT, dtype)
         got, reference = nbdelta.solve_tril(A), naive.solve_tril(A)

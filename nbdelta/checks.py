@@ -67,27 +67,25 @@ def expect_writable(x: View, name: str) -> None:
 def expect_apart(
     names: Sequence[str],
     arrays: Sequence[View | None],
-    extents: Sequence[tuple[int, int] | None],
+    extents: Sequence[tuple[int, int]],
     written: int,
 ) -> None:
     """Raise when the bytes of array number `written` meet those of another one.
 
     The ranges from first to last byte are compared, so views that interleave count as meeting.
     """
-    low, high = _byte_range(arrays[written], extents[written])
+    target = arrays[written]
+    assert target is not None
+    low, high = target.address + extents[written][0], target.address + extents[written][1]
     for i, x in enumerate(arrays):
-        if x is not None and i != written:
-            start, end = _byte_range(x, extents[i])
-            if start < high and low < end:
-                raise ValueError(
-                    f"{names[written]}: is written to, but shares memory with {names[i]} (bytes "
-                    f"{low:#x} to {high:#x} and {start:#x} to {end:#x})"
-                )
-
-
-def _byte_range(x: View | None, extent: tuple[int, int] | None) -> tuple[int, int]:
-    assert x is not None and extent is not None
-    return x.address + extent[0], x.address + extent[1]
+        if x is None or i == written:
+            continue
+        start, end = extents[i]
+        if x.address + start < high and low < x.address + end:
+            raise ValueError(
+                f"{names[written]}: is written to, but shares memory with {names[i]} (bytes "
+                f"{low:#x} to {high:#x} and {x.address + start:#x} to {x.address + end:#x})"
+            )
 
 
 def expect_like(out: View, name: str, like: View, like_name: str) -> None:

@@ -60,7 +60,7 @@ def _parser():
     )
     demo.add_argument("--new-tokens", type=_positive, default=16, metavar="N")
     demo.add_argument("--layers", type=_at_least_two, default=4, metavar="N")
-    demo.add_argument("--hidden-size", type=_positive, default=512, metavar="N")
+    demo.add_argument("--hidden-size", type=_positive, default=256, metavar="N")
     demo.add_argument("--seed", type=int, default=0)
 
     command("info", _info, "Versions, what the kernels use of this machine, cache, CUDA.")

@@ -68,7 +68,7 @@ class Structure(NamedTuple):
     state_shape: tuple[int, int, int]  # of one state, as the user sees it
     state_dtype: str
     in_place: bool  # initial_state is overwritten
-    extents: list[tuple[int, int] | None]  # of `Arrays`, see View.extent
+    extents: list[tuple[int, int]]  # of `Arrays`, see View.extent
 
 
 _passed: dict[object, Structure] = {}
@@ -166,7 +166,7 @@ def _check(arrays: Arrays, options: Options) -> Structure:
         _check_state(arrays, initial_state, N, state_shape, options.state_v_first)
         if in_place:
             expect_writable(initial_state, "initial_state")
-    extents = [None if x is None else x.extent() for x in arrays]
+    extents = [(0, 0) if x is None else x.extent() for x in arrays]
     return Structure(B, T, H, HV, K, V, N, state_shape, state_dtype, in_place, extents)
 
 

@@ -157,6 +157,9 @@ def test_empty(like, dtype):
         (torch.zeros(3, device="meta"), "meta"),
         (torch.zeros(3, dtype=torch.complex64).conj().imag, "negated"),
         (Exporter(torch.zeros(3, dtype=torch.bfloat16)), "Exporter"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), "float8"),
+        (np.ndarray, "type"),
+        (torch.Tensor, "TensorMeta"),
     ],
 )
 def test_what_is_no_array(x, words):

@@ -399,13 +399,13 @@ def token_rows(e, k, q, g, g_step, n, out) -> REAL:
 def _step(vectors):
     @tile
     def step(
-        e, source, source_step, target, target_step, k, gated, n, width, v, beta, scale, qk, o
+        e, source, source_step, target, target_step, ahead, k, gated, n, width, v, beta, scale, qk, o
     ):
         """One token for `vectors` * 16 columns of the state.
 
         First pass down the rows: S^T e^g k and S^T e^g q. Second pass up again, where the rows
         read last are still in the cache: S = e^g S + k d^T. The output needs no third pass: o =
-        q^T S is S_old^T e^g q + (q.k) d.
+        q^T S is S_old^T e^g q + (q.k) d. The columns `ahead` bytes further are fetched meanwhile.
         """
         columns = range(vectors)
         query, decay = gated + width, gated + width * 2
@@ -413,6 +413,8 @@ def _step(vectors):
         def read(offset, carried):
             *acc, row = carried
             key_i, query_i = e.bcast(gated + offset), e.bcast(query + offset)
+            for line in range(0, vectors * e.row, 64):
+                e.prefetch(row + ahead + line)
             for c in columns:
                 s = e.load(row, c * e.row)
                 acc[2 * c] = e.fma(s, key_i, acc[2 * c])

@@ -131,16 +131,18 @@ def _step(REAL, source, source_step, target, target_step, k, gated, K, V, v, bet
     done = 0
     while done < V:
         c = done * SIZE
+        wide = V - done > W
+        done += 2 * W if wide else W
+        # the next columns, and after the last ones the first of the next head
+        ahead = 2 * W * SIZE if done < V else K * source_step - c
         args = (
-            source + c, source_step, target + c, target_step, k, gated, K, width, v + c, beta,
-            scale, qk, o + c,
+            source + c, source_step, target + c, target_step, ahead, k, gated, K, width, v + c,
+            beta, scale, qk, o + c,
         )  # fmt: skip
-        if V - done > W:
+        if wide:
             step_32(REAL, *args)
-            done += 2 * W
         else:
             step_16(REAL, *args)
-            done += W
 
 
 @njit()
