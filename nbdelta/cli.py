@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import contextmanager
 
 import nbdelta
 from nbdelta.console import MissingPackage
@@ -23,8 +24,8 @@ def main(argv=None):
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        _set_threads(parser, options)
-        return options.run(options)
+        with _threads(parser, getattr(options, "threads", None)):
+            return options.run(options)
     except MissingPackage as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -97,16 +98,23 @@ def _at_least_two(text):
     return number
 
 
-def _set_threads(parser, options):
-    threads = getattr(options, "threads", None)
+@contextmanager
+def _threads(parser, threads):
+    """Hold the kernels to a number of threads."""
     if threads is None:
+        yield
         return
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS
     if threads > most:
         parser.error(f"--threads: at most {most} here (NUMBA_NUM_THREADS), got {threads}")
+    before = numba.get_num_threads()
     numba.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 # the commands are imported when they run: none of them is needed by another

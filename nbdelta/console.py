@@ -55,6 +55,13 @@ def progress(console, total):
         yield step
 
 
+def plain(text):
+    """Return text that may hold square brackets, which rich would take for markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
 def verdict(good):
     """Return the word for a table."""
     return "[green]ok[/]" if good else "[bold red]MISS[/]"

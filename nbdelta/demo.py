@@ -152,7 +152,7 @@ def demo(options):
     try:
         ids, source = _text(options.text, options.tokens or family.tokens)
     except (OSError, ValueError) as error:
-        console.print(f"demo: {error}")
+        console.print(out.plain(f"demo: {error}"))
         return 2
     # torch's number is the process's: whoever calls from Python gets theirs back
     kept = torch.get_num_threads()
@@ -167,10 +167,11 @@ def demo(options):
         f"[bold]{family.title}[/] ({family.heads}), {options.layers} layers, hidden size "
         f"{options.hidden_size}, {parameters / 1e6:.1f} M random weights, float32"
     )
-    console.print(
+    text = (
         f"{source}: {len(ids)} bytes as tokens, {options.new_tokens} more generated; "
         f"{threads} thread{'s' if threads > 1 else ''}"
     )
+    console.print(out.plain(text))
     console.print(_table(plain, ours))
     return _compare(console, plain, ours)
 
@@ -240,7 +241,7 @@ def _run(model, module, rules, ids, new_tokens, name, step):
     step("")
     with watch.on(module, rules):
         prefills, spent = [], 0.0
-        for i in range(_REPEATS):
+        for _ in range(_REPEATS):
             if spent < _ENOUGH_SECONDS:
                 step(f"{name}: prefill", 0)
                 begin = time.perf_counter()

@@ -20,7 +20,7 @@ def info():
     console = out.console("info")
     table = out.table("nbdelta", "", "")
     for name, value in report():
-        table.add_row(name, value)
+        table.add_row(name, out.plain(value))
     table.show_header = False
     console.print(table)
     return 0

@@ -22,6 +22,8 @@ _REQUIRED = ("query", "key", "value", "g", "beta")
 _OPTIONAL = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 # how models name the boundaries of packed sequences: some rename, some hand their own on
 _PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+# what torch._dynamo.mark_static_address() leaves on the states of a transformers cache
+_STATIC_ADDRESS = "_dynamo_static_input_type"
 
 _lock = threading.RLock()
 _patches = []  # (module, function name, original, served)
@@ -150,9 +152,13 @@ def _serve_rule(function, positional):
                 return original(*args, **kwargs)
             state = given.get("initial_state")
             query = given["query"]
-            if state is not None and state.dtype not in (_torch().float32, query.dtype):
+            if state is not None and state.dtype not in _state_dtypes(query):
                 # the functions of transformers keep the state in float32 whatever they are given
                 state = state.float()
+            options = {}
+            if function != "gated_delta_rule" and hasattr(state, _STATIC_ADDRESS):
+                # the cache's own memory, which the model overwrites with the result next
+                options["inplace_final_state"] = bool(given.get("output_final_state"))
             return getattr(nbdelta, function)(
                 query,
                 given["key"],
@@ -163,6 +169,7 @@ def _serve_rule(function, positional):
                 output_final_state=bool(given.get("output_final_state")),
                 use_qk_l2norm_in_kernel=bool(given.get("use_qk_l2norm_in_kernel")),
                 cu_seqlens=_boundaries(given),
+                **options,
             )
 
         return served
@@ -235,6 +242,12 @@ def _rejection_reason(given):
     if _is_tracing():
         return "torch is compiling or tracing the model"
     return None
+
+
+def _state_dtypes(query):
+    torch = _torch()
+    wide = (torch.float32, torch.float64)
+    return wide if query.dtype == torch.float64 else wide[:1]
 
 
 def _boundaries(given):

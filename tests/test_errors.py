@@ -25,6 +25,8 @@ def ones(*shape, dtype=np.float32):
 
 def inputs(name="gated_delta_rule", kind="plain"):
     """Arguments of a call that is right; those of a kind can be made wrong in its own ways."""
+    if kind == "bare":  # `out` does not say what the others must be
+        return {n: x for n, x in inputs(name).items() if n not in ("out", "A_log", "dt_bias")}
     if name == "chunk_local_cumsum":
         return dict(x=ones(B, T, H), chunk_size=2, out=ones(B, T, H))
     if name == "solve_tril":
@@ -55,7 +57,7 @@ PER_ROW = ("plain", "packed", "gate")  # a state for each sequence
 
 def kinds(name):
     if name in BLOCKS:
-        return ("plain",)
+        return ("plain", "bare")
     return (*PER_ROW, *(("pool", "draft") if name in RECURRENT else ()))
 
 
@@ -294,6 +296,20 @@ TABLE = [
      "b: expected batch axes that broadcast with those of L [2, 2, 5, 5], got [3, 5, 2]"),
     ("fused_gate", "plain", dict(x=ones(B, T)), ValueError,
      "x: expected [B, T, HV] or [B, T, HV, K], got [2, 5]"),
+    ("fused_gate", "bare", dict(x=ones(B, T, 0)), ValueError,
+     "x: expected [B, T, HV] or [B, T, HV, K] with HV >= 1 and K >= 1, got [2, 5, 0]"),
+    ("solve_tril", "bare", dict(A=ones(1, T, H, 16, dtype=np.int64)), TypeError,
+     "A: expected float32 or float64 or float16 or bfloat16, got int64"),
+    ("solve_tril", "bare", dict(cu_seqlens=[0, 6]), ValueError,
+     "cu_seqlens: expected to end with T = 5, got 6"),
+    ("chunk_local_cumsum", "bare", dict(cu_seqlens=[0, 6], axis=0), ValueError,
+     "cu_seqlens: expected to end with T = 2, got 6"),
+    ("solve_triangular", "bare", dict(b=ones(5, 2, dtype=np.float64)), TypeError,
+     "b: expected float32 (as L), got float64"),
+    ("solve_tril", "plain", dict(A=(A := ones(1, T, H, 16)), out=A), ValueError,
+     "out: is written to, but shares memory with A"),
+    ("solve_triangular", "plain", dict(b=(b := ones(B, 3, 5, 2)), out=b), ValueError,
+     "out: is written to, but shares memory with b"),
     ("fused_gate", "plain", dict(dt_bias=ones(K)), ValueError,
      "dt_bias: expected [HV] = [4] or [HV * K] = [24] or [HV, K] = [4, 6], got [6]"),
 ]  # fmt: skip
@@ -451,6 +467,8 @@ def wrong_calls():
                     forms = wrong_indices(x)
                 elif isinstance(x, np.ndarray):
                     forms = wrong_arrays(name, argument, x)
+                    if kind == "bare":
+                        forms = (f for f in forms if f[0].startswith(("no", "in", "masked")))
                 else:
                     continue
                 for form, bad in forms:

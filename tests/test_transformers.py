@@ -24,6 +24,10 @@ NAMES = [
 RULES = ["gated_delta_rule", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
 
+class Subclass(torch.Tensor):
+    """A tensor that may hold its numbers elsewhere."""
+
+
 @pytest.fixture(autouse=True)
 def disabled_afterwards():
     yield
@@ -113,6 +117,28 @@ def test_a_cache_may_pass_between_the_two(name):
             cache = output.past_key_values
             got.append(output.logits)
     assert rel_l2(torch.cat(got, dim=1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+def test_a_decode_step_updates_the_state_of_a_cache_in_place_and_no_other(name):
+    module, model = tiny_models.modeling(name), model_of(name)
+    recurrent = functions(module)[next(n for n in functions(module) if "recurrent" in n)]
+    with torch.no_grad(), served.enable():
+        cache = model(tokens(1, 9), use_cache=True).past_key_values
+        state = cache.layers[0].recurrent_states[0]
+        kept, address = state.clone(), state.data_ptr()
+        model(tokens(1, 1), past_key_values=cache, use_cache=True)
+        assert cache.layers[0].recurrent_states[0].data_ptr() == address
+        assert not torch.equal(state, kept)
+
+        _, HV, K, V = state.shape
+        g = -torch.ones((1, 1, HV, K) if name == "kimi_linear" else (1, 1, HV))
+        q, v = torch.ones(1, 1, HV, K), torch.ones(1, 1, HV, V)
+        arguments = (q, q, v, g, v[..., 0], kept, True)
+        before = kept.clone()
+        new = vars(module)[recurrent.__name__](*arguments)[1]
+        assert torch.equal(kept, before)
+        assert rel_l2(new, recurrent(*arguments)[1]) < 1e-5
 
 
 def test_left_padded_batch():

@@ -32,25 +32,32 @@ _AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4
 _AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3")
 
 
+def _features():
+    features = numba.config.CPU_FEATURES
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    return set(features.split(","))
+
+
+_ARM = binding.get_default_triple().startswith(("aarch64", "arm64"))
+# without instructions for it LLVM would call a library function that a process may not have
+_CONVERTS_HALF = _ARM or "+f16c" in _features()
+
+
 def vector_unit():
     """Bits and number of the vector registers that Numba compiles for.
 
-    ``NUMBA_CPU_NAME`` decides where it is set: ``haswell`` gives the AVX2 shape of every tile on a
-    machine with AVX-512.
+    Numba takes the features of this machine, or ``NUMBA_CPU_FEATURES``. ``NUMBA_CPU_NAME`` can only
+    narrow them: ``haswell`` gives the AVX2 shape of every tile on a machine with AVX-512.
     """
-    name = numba.config.CPU_NAME
-    if name and name != "host":
-        wide = any(part in name for part in _AVX512_NAMES)
-        avx2 = any(part in name for part in _AVX2_NAMES)
-    else:
-        features = binding.get_host_cpu_features()
-        wide, avx2 = features.get("avx512f", False), features.get("avx2", False)
-    if wide:
+    name, has = numba.config.CPU_NAME, _features()
+    wide_name = not name or any(part in name for part in _AVX512_NAMES)
+    avx2_name = wide_name or any(part in name for part in _AVX2_NAMES)
+    if "+avx512f" in has and wide_name:
         return 512, 32
-    if avx2:
+    if "+avx2" in has and avx2_name:
         return 256, 16
-    arm = binding.get_default_triple().startswith(("aarch64", "arm64"))
-    return 128, 32 if arm else 16
+    return 128, 32 if _ARM else 16
 
 
 BITS, REGISTERS = vector_unit()
@@ -174,14 +181,17 @@ class Emitter:
             bits = self.b.zext(self._load(address, 0, _shape(I16, lanes)), _shape(I32, lanes))
             bits = self.b.shl(bits, _constant(I32, lanes, 16))
             return self._convert(self.b.bitcast(bits, _shape(F32, lanes)), lanes)
+        if dtype == "float16" and not _CONVERTS_HALF:
+            bits = self.b.zext(self._load(address, 0, _shape(I16, lanes)), _shape(I32, lanes))
+            return self._convert(self._from_half_bits(bits, lanes), lanes)
         return self._convert(self._load(address, 0, _shape(_STORED[dtype], lanes)), lanes)
 
     def store_as(self, dtype, value, address, lanes):
         """Round `value` to `dtype`, to nearest even, and store it."""
-        kind = _shape(_STORED.get(dtype, F32), lanes)
-        x = _resize(self.b, value.ir, kind)
-        if dtype == "bfloat16":
-            x = self._bfloat16_bits(x, lanes)
+        by_bits = dtype == "bfloat16" or (dtype == "float16" and not _CONVERTS_HALF)
+        x = _resize(self.b, value.ir, _shape(F32 if by_bits else _STORED[dtype], lanes))
+        if by_bits:
+            x = (self._bfloat16_bits if dtype == "bfloat16" else self._half_bits)(x, lanes)
         self.b.store(x, self._pointer(address, 0, x.type)).align = 1
 
     def _convert(self, x, lanes):
@@ -199,6 +209,44 @@ class Emitter:
         # rounding could carry a NaN into infinity or zero: keep its sign and make it quiet
         nan = b.or_(b.lshr(bits, number(16)), number(0x40))
         return b.trunc(b.select(b.fcmp_unordered("uno", x, x), nan, rounded), _shape(I16, lanes))
+
+    def _from_half_bits(self, bits, lanes):
+        """float32 of the bits of a float16: scaling by 2^112 moves the exponent, denormals too."""
+        b = self.b
+
+        def number(n):
+            return _constant(I32, lanes, n)
+
+        sign = b.shl(b.and_(bits, number(0x8000)), number(16))
+        bits = b.shl(b.and_(bits, number(0x7FFF)), number(13))
+        scale = _constant(F32, lanes, 2.0**112)
+        scaled = b.bitcast(b.fmul(b.bitcast(bits, scale.type), scale), bits.type)
+        special = b.icmp_unsigned(">=", bits, number(0x7C00 << 13))
+        scaled = b.select(special, b.or_(bits, number(0x7F800000)), scaled)
+        return b.bitcast(b.or_(scaled, sign), scale.type)
+
+    def _half_bits(self, x, lanes):
+        """Bits of the float16 nearest to a float32."""
+        b = self.b
+
+        def number(n):
+            return _constant(I32, lanes, n)
+
+        bits = b.bitcast(x, _shape(I32, lanes))
+        sign = b.lshr(b.and_(bits, number(0x80000000)), number(16))
+        bits = b.and_(bits, number(0x7FFFFFFF))
+        # adding 1/2 shifts a number below 2^-14 to the place of a float16 denormal, and rounds
+        half = _constant(F32, lanes, 0.5)
+        small = b.bitcast(b.fadd(b.bitcast(bits, half.type), half), bits.type)
+        small = b.sub(small, number(126 << 23))
+        odd = b.and_(b.lshr(bits, number(13)), number(1))
+        normal = b.sub(b.add(b.add(bits, number(0xFFF)), odd), number(112 << 23))
+        normal = b.lshr(normal, number(13))
+        large = b.icmp_unsigned(">", bits, number(0x7F800000))
+        large = b.select(large, number(0x7E00), number(0x7C00))
+        result = b.select(b.icmp_unsigned("<", bits, number(113 << 23)), small, normal)
+        result = b.select(b.icmp_unsigned(">=", bits, number(143 << 23)), large, result)
+        return b.trunc(b.or_(result, sign), _shape(I16, lanes))
 
     # ---- arithmetic ----
 

@@ -399,13 +399,27 @@ def token_rows(e, k, q, g, g_step, n, out) -> REAL:
 def _step(vectors):
     @tile
     def step(
-        e, source, source_step, target, target_step, ahead, k, gated, n, width, v, beta, scale, qk, o
+        e,
+        source,
+        source_step,
+        target,
+        target_step,
+        ahead,
+        k,
+        gated,
+        n,
+        width,
+        v,
+        beta,
+        scale,
+        qk,
+        o,
     ):
         """One token for `vectors` * 16 columns of the state.
 
         First pass down the rows: S^T e^g k and S^T e^g q. Second pass up again, where the rows
         read last are still in the cache: S = e^g S + k d^T. The output needs no third pass: o =
-        q^T S is S_old^T e^g q + (q.k) d. The columns `ahead` bytes further are fetched meanwhile.
+        q^T S is S_old^T e^g q + (q.k) d. The columns `ahead` bytes further are fetched as well.
         """
         columns = range(vectors)
         query, decay = gated + width, gated + width * 2
