@@ -156,8 +156,10 @@ def view(x: object, name: str) -> View:
     ValueError
         When `x` is a torch tensor that requires a gradient, while gradients are recorded.
     """
-    if type(x) is np.ndarray:
-        return _numpy_view(x, x, "numpy", name)
+    if type(x) is np.ndarray:  # `_numpy_view` without the call, for the sake of decode steps
+        dtype = _NUMPY_DTYPES.get(x.dtype) or _name_numpy_dtype(x.dtype, name)
+        readonly = not x.flags.writeable
+        return View(x, "numpy", "cpu", dtype, x.shape, x.strides, _address(x), readonly)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _torch_view(x, torch, name)

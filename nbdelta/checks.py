@@ -105,11 +105,14 @@ def flag(x: object, name: str) -> bool:
 
 
 def positive_int(x: object, name: str) -> int:
-    """Return `x` as an int of at least 1, or raise."""
+    """Return `x` as an int of at least 1, or raise.
+
+    It is held to what an int64 can count; no array is that long, so nothing else changes.
+    """
     number = integer(x, name)
     if number < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {number}")
-    return number
+    return min(number, 2**62)
 
 
 def integer(x: object, name: str) -> int:

@@ -7,6 +7,7 @@ and goes on greedily, once as transformers runs it and once with ``nbdelta.trans
 
 import functools
 import importlib
+import inspect
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -232,12 +233,19 @@ def _build(torch, family, module, options):
     return getattr(module, f"{family.prefix}ForCausalLM")(config).eval()
 
 
+def continued(model, ids, output):
+    """Call a model on the tokens after those of `output`, with its cache."""
+    # transformers 5.24 renamed the argument and the field
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(ids, **{name: output and getattr(output, name)}, use_cache=True)
+
+
 def _run(model, module, rules, ids, new_tokens, name, step):
     """Prefill and generate; the first, short run compiles, allocates and is not timed."""
     run, watch = _Run(), _Watch()
     step(f"{name}: first call", 0)
     warm = model(ids[:, :70], use_cache=True)
-    model(ids[:, :1], past_key_values=warm.past_key_values, use_cache=True)
+    continued(model, ids[:, :1], warm)
     step("")
     with watch.on(module, rules):
         prefills, spent = [], 0.0
@@ -257,7 +265,7 @@ def _run(model, module, rules, ids, new_tokens, name, step):
             token = output.logits[:, -1:].argmax(-1)
             run.tokens.append(int(token))
             begin = time.perf_counter()
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = continued(model, token, output)
             steps.append((time.perf_counter() - begin, watch.take()))
             step("")
         run.logits.append(output.logits[0])
@@ -282,10 +290,12 @@ def _compare(console, plain, ours):
     """Print what differs; after the first different token the logits are those of other texts."""
     pairs = list(zip(plain.tokens, ours.tokens, strict=True))
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    difference = max(
+    differences = [
         float(((a - b).norm(dim=-1) / a.norm(dim=-1)).max())
         for a, b in zip(plain.logits[: same + 1], ours.logits[: same + 1], strict=True)
-    )
+    ]
+    # NaN is larger than all numbers here
+    difference = max(differences, key=lambda x: (x != x, x))
     good = difference <= BOUND
     console.print(
         f"largest difference of a token's logits, relative: {difference:.1e} "

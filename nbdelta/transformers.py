@@ -144,7 +144,8 @@ def _serve_rule(function, positional):
         def served(*args, **kwargs):
             given = dict(zip(positional, args))
             given.update(kwargs)
-            if not all(name in given for name in _REQUIRED):
+            # nothing is patched: someone kept this function beyond disable()
+            if not _patches or not all(name in given for name in _REQUIRED):
                 return original(*args, **kwargs)
             reason = _rejection_reason(given)
             if reason is not None:
@@ -188,7 +189,7 @@ def _serve_packed_convolution(original):
     def served(hidden_states, weight, *args, **kwargs):
         cu_seqlens = _boundaries(kwargs)
         alone = hidden_states.shape[0] == 1 and hidden_states.device.type == "cpu"
-        if cu_seqlens is None or not alone or _is_tracing():
+        if cu_seqlens is None or not alone or not _patches or _is_tracing():
             return original(hidden_states, weight, *args, **kwargs)
         torch = _torch()
         length, look_back = hidden_states.shape[-1], weight.shape[-1] - 1

@@ -233,11 +233,27 @@ def test_devices_are_not_mixed():
     q, k, *others = inputs()
     with pytest.raises(ValueError, match="q on cpu, k on cuda:0, v on cpu"):
         nbdelta.gated_delta_rule(q, CudaArray(k.shape), *others)
+    host = np.zeros((1, 16, 16, 16), np.float32)
+    with pytest.raises(ValueError, match="L on cpu, b on cuda:0"):
+        nbdelta.solve_triangular(host, CudaArray(host.shape))
+    with pytest.raises(ValueError, match="x on cpu, out on cuda:0"):
+        nbdelta.chunk_local_cumsum(host, 4, out=CudaArray(host.shape))
+    with pytest.raises(ValueError, match="A on cpu, out on cuda:0"):
+        nbdelta.solve_tril(host, out=CudaArray(host.shape))
+    with pytest.raises(ValueError, match="x on cpu, A_log on cuda:0"):
+        nbdelta.fused_gate(host, CudaArray((16,)))
 
 
 def test_cuda_is_refused_with_the_reason():
     q, k, v = (CudaArray((1, 3, 2, 4)) for _ in range(3))
     with pytest.raises(RuntimeError, match=r"^q: is on cuda:0: nbdelta has no CUDA kernels"):
         nbdelta.gated_delta_rule(q, k, v, None, None)
-    with pytest.raises(RuntimeError, match=r"^x: is on cuda:0"):
-        nbdelta.chunk_local_cumsum(q, 16)
+    square = CudaArray((1, 16, 16, 16))
+    for call in (
+        lambda: nbdelta.chunk_local_cumsum(square, 16),
+        lambda: nbdelta.solve_tril(square),
+        lambda: nbdelta.solve_triangular(square, square),
+        lambda: nbdelta.fused_gate(square),
+    ):
+        with pytest.raises(RuntimeError, match=r"^\w+: is on cuda:0"):
+            call()

@@ -306,6 +306,9 @@ TABLE = [
      "cu_seqlens: expected to end with T = 2, got 6"),
     ("solve_triangular", "bare", dict(b=ones(5, 2, dtype=np.float64)), TypeError,
      "b: expected float32 (as L), got float64"),
+    ("solve_triangular", "bare",
+     dict(L=ones(5, 5, dtype=np.int64), b=ones(5, 2, dtype=np.int64)), TypeError,
+     "L: expected float32 or float64 or float16 or bfloat16, got int64"),
     ("solve_tril", "plain", dict(A=(A := ones(1, T, H, 16)), out=A), ValueError,
      "out: is written to, but shares memory with A"),
     ("solve_triangular", "plain", dict(b=(b := ones(B, 3, 5, 2)), out=b), ValueError,
@@ -355,6 +358,15 @@ def test_cumsum_in_place_is_right_and_half_in_place_is_not():
     assert x.tolist() == [1, 2, 3, 1, 2, 3]
     words = "out: is written to, but shares memory with x"
     assert words in refused("chunk_local_cumsum", dict(x=x[1:], chunk_size=3, axis=0, out=x[:-1]))
+
+
+def test_counts_beyond_any_length_are_right():
+    for count in (2**31, 2**63, 10**30):
+        for name in RULES:
+            *_, kept = call(name, inputs(name) | dict(checkpoint_interval=count))
+            assert kept.shape[0] == 0
+        x = ones(6)
+        assert nbdelta.chunk_local_cumsum(x, count, axis=0).tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_equal_structure_does_not_hide_a_wrong_option():

@@ -10,6 +10,7 @@ import tiny_models
 
 import nbdelta
 import nbdelta.transformers as served
+from nbdelta.demo import continued
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -110,11 +111,10 @@ def test_a_cache_may_pass_between_the_two(name):
     parts = ids[:, :15], ids[:, 15:21], ids[:, 21:22], ids[:, 22:]
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        cache, got = None, []
+        output, got = None, []
         for i, part in enumerate(parts):
             with served.enable() if i % 2 == 0 else served._Enabled(True):
-                output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+                output = continued(model, part, output)
             got.append(output.logits)
     assert rel_l2(torch.cat(got, dim=1), expected) < 1e-4
 
@@ -124,10 +124,11 @@ def test_a_decode_step_updates_the_state_of_a_cache_in_place_and_no_other(name):
     module, model = tiny_models.modeling(name), model_of(name)
     recurrent = functions(module)[next(n for n in functions(module) if "recurrent" in n)]
     with torch.no_grad(), served.enable():
-        cache = model(tokens(1, 9), use_cache=True).past_key_values
+        output = model(tokens(1, 9), use_cache=True)
+        cache = output.cache if hasattr(output, "cache") else output.past_key_values
         state = cache.layers[0].recurrent_states[0]
         kept, address = state.clone(), state.data_ptr()
-        model(tokens(1, 1), past_key_values=cache, use_cache=True)
+        continued(model, tokens(1, 1), output)
         assert cache.layers[0].recurrent_states[0].data_ptr() == address
         assert not torch.equal(state, kept)
 
@@ -150,6 +151,26 @@ def test_left_padded_batch():
         with served.enable():
             got = generate(model, ids, attention_mask=mask)
     assert torch.equal(got, expected)
+
+
+def test_beams_reorder_the_cache():
+    model, ids = model_of("qwen3_next"), tokens(2, 20)
+    with torch.no_grad():
+        expected = generate(model, ids, num_beams=3)
+        with served.enable():
+            got = generate(model, ids, num_beams=3)
+    assert torch.equal(got, expected)
+
+
+def test_a_compiled_layer_keeps_the_functions_of_torch(calls):
+    layer, hidden = rule_layer(model_of("qwen3_next")), torch.randn(1, 9, 48)
+    compiled = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        expected = layer(hidden)
+        with served.enable(), pytest.warns(RuntimeWarning, match="compiling"):
+            got = compiled(hidden)
+    assert sum(calls.values()) == 0
+    assert rel_l2(got, expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
@@ -270,6 +291,15 @@ def test_a_function_replaced_meanwhile_stays():
         module.torch_chunk_gated_delta_rule = before
 
 
+def test_a_function_kept_beyond_disable_is_the_original(calls):
+    module = tiny_models.modeling("qwen3_next")
+    with served.enable():
+        kept = module.torch_chunk_gated_delta_rule
+    x, g = torch.ones(1, 3, 4, 8), -torch.ones(1, 3, 4)
+    kept(x, x, x, g=g, beta=-g)
+    assert sum(calls.values()) == 0
+
+
 @pytest.mark.parametrize("how", ["imported", "reloaded"])
 def test_a_module_that_comes_later_is_served(how, monkeypatch):
     module = tiny_models.modeling("olmo_hybrid")
@@ -316,10 +346,7 @@ def test_gradients_fall_through_and_warn_once(calls):
     ("change", "reason"),
     [
         (lambda x: x.to("meta"), "on meta"),
-        (
-            lambda x: torch.nn.functional.dropout(x).as_subclass(type("Mine", (torch.Tensor,), {})),
-            "Mine",
-        ),
+        (lambda x: x.as_subclass(Subclass), "Subclass"),
     ],
     ids=["device", "subclass"],
 )
