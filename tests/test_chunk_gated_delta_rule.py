@@ -218,3 +218,17 @@ def test_chunk_kda_is_the_same_function():
     call["output_final_state"] = True
     for x, y in zip(nbdelta.chunk_kda(**call), nbdelta.chunk_gated_delta_rule(**call), strict=True):
         assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_tokens_side_by_side_in_memory(dtype):
+    """The layout that the short convolution of a model leaves: ``[B, H, K, T]``, seen as q, k, v."""
+    rng = np.random.default_rng(0)
+    heads = [(2, 64), (2, 64), (6, 48)]
+    x = [rng.standard_normal((1, h, d, 85)).astype(dtype).transpose(0, 3, 1, 2) for h, d in heads]
+    g, beta = -rng.random((1, 85, 6)), rng.random((1, 85, 6))
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    got = nbdelta.chunk_gated_delta_rule(*x, g, beta, **options)
+    same = nbdelta.chunk_gated_delta_rule(*map(np.ascontiguousarray, x), g, beta, **options)
+    for a, b in zip(got, same, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -78,6 +78,26 @@ def copy_rows(e, source, source_step, target, target_step, n):
     e.loop(n, [source, target], body)
 
 
+@tile
+def transpose_tile(e, x, step):
+    """Transpose 16 rows of 16 numbers, `step` bytes apart, where they lie."""
+
+    def block(i, j):
+        rows = [e.load(x + step * (i + r), j * e.size, e.lanes) for r in range(e.lanes)]
+        return e.transpose(rows)
+
+    def store(rows, i, j):
+        for r, value in enumerate(rows):
+            e.store(value, x + step * (i + r), j * e.size)
+
+    for i in range(0, W, e.lanes):
+        store(block(i, i), i, i)
+        for j in range(i + e.lanes, W, e.lanes):
+            above, below = block(i, j), block(j, i)
+            store(above, j, i)
+            store(below, i, j)
+
+
 @njit()
 def get(REAL, code, address):
     """Return the number of dtype `code` at an address."""
@@ -168,6 +188,13 @@ def load_tokens(REAL, code, source, token_step, step, n, width, target):
     """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
     SIZE = itemsize(REAL)
     row = (width + W - 1) // W * W * SIZE
+    if n == W and width % W == 0 and token_step == element_size(code) and step != token_step:
+        # tokens lie side by side, as after the short convolution of a model: 16 x 16 at a time
+        for c in range(0, width, W):
+            for i in range(W):
+                _get_16(REAL, code, source + (c + i) * step, target + c * SIZE + i * row)
+            transpose_tile(REAL, target + c * SIZE, row)
+        return
     for t in range(n):
         load_row(REAL, code, source + t * token_step, step, width, target + t * row)
     zero_rows(REAL, target + n * row, (W - n) * row // (W * SIZE))
