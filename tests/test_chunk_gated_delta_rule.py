@@ -222,7 +222,7 @@ def test_chunk_kda_is_the_same_function():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_tokens_side_by_side_in_memory(dtype):
-    """The layout that the short convolution of a model leaves: ``[B, H, K, T]``, seen as q, k, v."""
+    """The layout that the short convolution of a model leaves: ``[B, H, K, T]`` in memory."""
     rng = np.random.default_rng(0)
     heads = [(2, 64), (2, 64), (6, 48)]
     x = [rng.standard_normal((1, h, d, 85)).astype(dtype).transpose(0, 3, 1, 2) for h, d in heads]
