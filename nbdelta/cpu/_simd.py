@@ -167,11 +167,11 @@ class Emitter:
     def store(self, value, address, offset=0):
         self.b.store(value.ir, self._pointer(address, offset, value.ir.type)).align = 1
 
-    def prefetch(self, address, write=False):
+    def prefetch(self, address):
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         pointer = self.b.inttoptr(address.ir, I8.as_pointer())
-        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (int(write), 3, 1))])
+        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (0, 3, 1))])
 
     # ---- dtypes in memory: "float32" "float64" "float16" "bfloat16" ----
 

@@ -115,11 +115,6 @@ def sigmoid_row(e, x, factor, out):
     e.store(e.sigmoid(e.load(x)) * e.splat(factor), out)
 
 
-@tile
-def exp_row(e, x, out):
-    e.store(e.exp(e.load(x)), out)
-
-
 # rows of what gate_products stores
 NEG_BETA, KEY_GATE, QUERY_GATE, SUFFIX, DECAY, PREFIX = range(6)
 

@@ -44,11 +44,11 @@ def addresses(view, axes):
 def _cumsum_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
     OWN = DTYPES.index(np.dtype(REAL).name)
-    KEY_SOURCES = SOURCES
+    STAMP = SOURCES
 
     @kernel
     def cumsum_kernel(desc, worker):
-        stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
+        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         x, out = array_at(desc, G), array_at(desc, O)
         x_step, x_inner, out_step, out_inner = x[2], x[3], out[2], out[3]
         chunks, inner, scale = desc[T], desc[V], REAL(real(desc, SCALE))

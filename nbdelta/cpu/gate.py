@@ -74,11 +74,11 @@ def apply_gate(REAL, desc, factor, bias, x, n):
 @cache
 def _gate_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
-    KEY_SOURCES = SOURCES
+    STAMP = SOURCES
 
     @kernel
     def gate_kernel(desc, worker):
-        stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
+        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         x, out = array_at(desc, G), array_at(desc, O)
         n = desc[K]
         row = desc[SCRATCH] + worker * desc[SCRATCH_STEP]

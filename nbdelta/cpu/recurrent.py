@@ -168,11 +168,11 @@ def _zero_output(REAL, o, b, bos, eos, hv, V, row):
 @cache
 def _recurrent_kernel(REAL, PER_CHANNEL):
     SIZE = np.dtype(REAL).itemsize
-    KEY_SOURCES = SOURCES
+    STAMP = SOURCES
 
     @kernel
     def recurrent_kernel(desc, worker):
-        stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
+        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         q, k, v, g = (
             array_at(desc, Q),
             array_at(desc, KEY),

@@ -76,11 +76,11 @@ def _solve_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
     ROW = W * SIZE
     MR = tile_rows(SIZE)
-    KEY_SOURCES = SOURCES
+    STAMP = SOURCES
 
     @kernel
     def solve_kernel(desc, worker):
-        stamp = KEY_SOURCES  # noqa: F841 (see SOURCES)
+        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         matrix, b, out = array_at(desc, G), array_at(desc, B_FIELD), array_at(desc, O)
         columns, parts = desc[V], desc[PARTS]
         strips = (columns + W - 1) // W
