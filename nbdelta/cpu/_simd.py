@@ -99,6 +99,13 @@ class Value:
     def __mul__(self, other):
         return self._apply("mul", other)
 
+    def __floordiv__(self, other):
+        """Quotient of a number that is not negative."""
+        return self._apply("udiv", other)
+
+    def __mod__(self, other):
+        return self._apply("urem", other)
+
     def __rtruediv__(self, other):
         return self._apply("div", other, swap=True)
 
@@ -167,11 +174,11 @@ class Emitter:
     def store(self, value, address, offset=0):
         self.b.store(value.ir, self._pointer(address, offset, value.ir.type)).align = 1
 
-    def prefetch(self, address):
+    def prefetch(self, address, write=False):
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         pointer = self.b.inttoptr(address.ir, I8.as_pointer())
-        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (0, 3, 1))])
+        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (int(write), 3, 1))])
 
     # ---- dtypes in memory: "float32" "float64" "float16" "bfloat16" ----
 

@@ -14,26 +14,25 @@ from nbdelta.cpu._simd import REAL, W, tile
 
 
 def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None):
-    """acc[i] += panel[s][i] * strip[s][:] for s < n; n is a multiple of the tile's rows.
+    """acc[i] += panel[s][i] * strip[s][:] for s < n, a multiple of the rows of a tile.
 
-    `fetch` is an address and a step: one line a round is brought into the cache, so that the misses
-    of the next block are spread over the arithmetic of this one.
+    `fetch` is an address, a step and whether the memory will be written: as many lines as there are
+    rows in the tile are brought into the cache, one a round, so that the misses of the next block
+    are spread over the arithmetic of this one.
     """
-    unroll = min(e.mr, 8)
-    m = len(acc)
+    unroll = min(4, e.mr)
 
-    def body(offset, carried):
-        acc = carried[:m]
+    def body(offset, acc):
         if fetch:
-            e.prefetch(carried[m])
+            address, step, write = fetch
+            e.prefetch(address + step * (offset // (unroll * e.row) % len(acc)), write)
         for u in range(unroll):
             x = e.load(strip + offset, u * e.row)
             a = panel + offset
-            acc = [e.fma(e.bcast(a, u * e.row + i * e.size), x, acc[i]) for i in range(m)]
-        return [*acc, carried[m] + fetch[1]] if fetch else acc
+            acc = [e.fma(e.bcast(a, u * e.row + i * e.size), x, y) for i, y in enumerate(acc)]
+        return acc
 
-    carried = [*acc, fetch[0]] if fetch else acc
-    return e.loop(n * e.row, carried, body, unroll * e.row, maybe_empty)[:m]
+    return e.loop(n * e.row, acc, body, unroll * e.row, maybe_empty)
 
 
 # ---- rows of tokens to panels ----
@@ -74,20 +73,6 @@ def pack_columns(e, x, x_step, norm, columns):
 
 
 @tile
-def pack_columns_and_rows(e, x, x_step, norm, columns, rows):
-    """As `pack_columns`, and the same tile as rows."""
-    for channel in range(0, W, e.lanes):
-        for token in range(0, W, e.lanes):
-            block = []
-            for t in range(token, token + e.lanes):
-                value = e.load(x + x_step * t, channel * e.size, e.lanes)
-                value = value * e.bcast(norm, t * e.size, e.lanes)
-                e.store(value, rows, t * e.row + channel * e.size)
-                block.append(value)
-            store_columns(e, block, columns, token, channel)
-
-
-@tile
 def gram(e, a, b, first, n, out):
     """out[j][:] = sum over channels of a[channel][j] * b[channel][:], MR rows j from `first`."""
     acc = fma_panel(e, [e.splat(0.0)] * e.mr, a + first * e.size, b, n)
@@ -116,58 +101,31 @@ def sigmoid_row(e, x, factor, out):
 
 
 # rows of what gate_products stores
-NEG_BETA, KEY_GATE, QUERY_GATE, SUFFIX, DECAY, PREFIX = range(6)
+KEY_GATE, QUERY_GATE, SUFFIX, DECAY, LAST = range(5)
 
 
 @tile
 def gate_products(e, g, beta, scale, out):
-    """From 16 log gates and betas: -beta, -beta e^G, scale e^G, e^(G_last - G), e^g, e^G."""
+    """From 16 log gates and betas: -beta e^G, scale e^G, e^(G_last - G), e^g, e^G_last."""
     decay = e.exp(e.load(g))
     prefix, suffix = decay, e.shift(decay, -1, 1.0)
     for by in (1, 2, 4, 8):
         prefix = prefix * e.shift(prefix, by, 1.0)
         suffix = suffix * e.shift(suffix, -by, 1.0)
-    neg_beta = e.load(beta) * -1.0
-    for i, x in enumerate(
-        (neg_beta, neg_beta * prefix, e.splat(scale) * prefix, suffix, decay, prefix)
-    ):
+    key_gate, last = e.load(beta) * -1.0 * prefix, e.shuffle(prefix, prefix, [W - 1] * W)
+    for i, x in enumerate((key_gate, e.splat(scale) * prefix, suffix, decay, last)):
         e.store(x, out, i * e.row)
 
 
 @tile
-def scale_columns(e, x, gate, n, out):
-    """out[channel][token] = x[channel][token] * gate[token] for n channels."""
-    factor = e.load(gate)
-
-    def body(offset, carried):
-        e.store(e.load(x + offset) * factor, out + offset)
-        return carried
-
-    e.loop(n * e.row, [], body, e.row)
-
-
-@tile
-def scale_rows(e, x, gate, n, out):
-    """out[token][channel] = x[token][channel] * gate[token] for n tiles of rows."""
-
-    def body(offset, carried):
-        for t in range(W):
-            factor = e.bcast(gate, t * e.size)
-            e.store(e.load(x + offset, t * e.row) * factor, out + offset, t * e.row)
-        return carried
-
-    e.loop(n * W * e.row, [], body, W * e.row)
-
-
-@tile
-def decay_pairs(e, kk, qk, gates, scale, a, p):
+def decay_pairs(e, kk, qk, gates, beta, scale, a, p):
     """a[j][i] = -beta_i e^(G_i - G_j) kk[j][i] and p[j][i] = scale e^(G_i - G_j) qk[j][i] for i >=
     j.
 
     Lanes i < j hold anything and are never read. Lane j is set, not added: a NaN of a later
     token's gate must not reach it.
     """
-    neg_beta, query_scale = e.load(gates, NEG_BETA * e.row), e.splat(scale)
+    neg_beta, query_scale = e.load(beta) * -1.0, e.splat(scale)
     pair = e.splat(1.0)
     for j in reversed(range(W)):
         if j + 1 < W:
@@ -181,9 +139,9 @@ def decay_pairs(e, kk, qk, gates, scale, a, p):
 
 
 @tile
-def key_panels(e, k, k_step, norm, g, g_step, neg_beta, step, k_rows, decay_rows, columns, total):
+def key_panels(e, k, k_step, norm, g, g_step, step, k_rows, decay_rows, columns, total):
     """16 tokens by 16 channels: normalised k and e^g as token rows `step` bytes apart, the panel
-    -beta k e^G as columns, and e^G of the last token.
+    k e^G as columns, and e^G of the last token.
     """
     for channel in range(0, W, e.lanes):
         at = channel * e.size
@@ -196,17 +154,17 @@ def key_panels(e, k, k_step, norm, g, g_step, neg_beta, step, k_rows, decay_rows
                 key = e.load(k + k_step * t, at, e.lanes) * e.bcast(norm, t * e.size, e.lanes)
                 e.store(key, k_rows + step * t, at)
                 prefix = prefix * decay
-                block.append(key * e.bcast(neg_beta, t * e.size, e.lanes) * prefix)
+                block.append(key * prefix)
             store_columns(e, block, columns, token, channel)
         e.store(prefix, total, at)
 
 
 @tile
-def query_panels(e, q, q_step, norm, decay_rows, scale, step, q_rows, columns):
-    """16 tokens by 16 channels: normalised q as token rows and the panel scale q e^G as columns."""
+def query_panels(e, q, q_step, norm, decay_rows, step, q_rows, columns):
+    """16 tokens by 16 channels: normalised q as token rows and the panel q e^G as columns."""
     for channel in range(0, W, e.lanes):
         at = channel * e.size
-        prefix = e.splat(scale, e.lanes)
+        prefix = e.splat(1.0, e.lanes)
         for token in range(0, W, e.lanes):
             block = []
             for t in range(token, token + e.lanes):
@@ -285,7 +243,7 @@ def clear_pairs(e, n, kk, qk):
 
 
 @tile
-def finish_pairs(e, kk, qk, neg_beta, scale, a, p):
+def finish_pairs(e, kk, qk, beta, scale, a, p):
     """a[i] = -beta_i times the lane sum of kk[i], p[i] = scale times the lane sum of qk[i]."""
     width = e.lanes * e.size
     for token in range(0, W, e.lanes):
@@ -293,59 +251,95 @@ def finish_pairs(e, kk, qk, neg_beta, scale, a, p):
         keys = e.sum_lanes([e.load(kk, i * width, e.lanes) for i in rows])
         queries = e.sum_lanes([e.load(qk, i * width, e.lanes) for i in rows])
         at = token * e.size
-        e.store(keys * e.load(neg_beta, at, e.lanes), a, at)
+        e.store(keys * e.load(beta, at, e.lanes) * -1.0, a, at)
         e.store(queries * e.splat(scale, e.lanes), p, at)
 
 
 # ---- the three state products, `MR` rows of 16 columns at a time ----
 
 
+def _solve(gate_updates):
+    @tile
+    def solve(e, keys, a, strip, n, first, gate, v, v_step, beta, suffix, ahead, ahead_step):
+        """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the
+        strip.
+
+        `gate` is what the product with the panel `keys` is multiplied with, `a` holds -A. Products
+        with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
+        rows e^(G_last - G) U are stored behind U when the gate is one per token.
+        """
+        v, ahead, at = v + v_step * first, ahead + ahead_step * first, first * e.size
+        acc = [e.splat(0.0)] * e.mr
+        acc = fma_panel(e, acc, keys + at, strip, n, fetch=(ahead, ahead_step, False))
+        for i in range(e.mr):
+            x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
+            acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
+        u = strip + n * e.row
+        if e.mr < W:
+            acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
+        triangle, u = a + first * e.row + at, u + first * e.row
+        for j in range(e.mr):
+            e.store(acc[j], u, j * e.row)
+            if gate_updates:
+                e.store(acc[j] * e.bcast(suffix + at, j * e.size), u, (W + j) * e.row)
+            for i in range(j + 1, e.mr):
+                acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
+
+    return solve
+
+
+solve_token_gates = _solve(True)
+solve_channel_gates = _solve(False)
+
+
 @tile
-def solve(e, panel, strip, n, first, v, v_step, beta, ahead, ahead_step):
-    """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the
-    strip.
-
-    The panel holds [-beta e^G K | -A]: earlier rows of U are part of the loop, the triangle of
-    this tile is solved in registers.
-    """
-    v, panel = v + first * v_step, panel + first * e.size
-    acc = [e.load(v + v_step * i) * e.bcast(beta + first * e.size, i * e.size) for i in range(e.mr)]
-    n = n + first
-    acc = fma_panel(e, acc, panel, strip, n, maybe_empty=True, fetch=(ahead, ahead_step))
-    triangle, u = panel + n * e.row, strip + n * e.row
-    for j in range(e.mr):
-        e.store(acc[j], u, j * e.row)
-        for i in range(j + 1, e.mr):
-            acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
-
-
-@tile
-def output(e, panel, strip, n, first, o, o_step):
-    """Rows first.. of O = scale e^G Q S + P U, with the panel [scale e^G Q | P]."""
-    panel = panel + first * e.size
-    n = n + first
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, panel, strip, n)
-    triangle, u = panel + n * e.row, strip + n * e.row
+def output(e, queries, p, strip, n, first, gate, o, o_step, ahead, ahead_step):
+    """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
+    at = first * e.size
+    fetch = (ahead + ahead_step * first, ahead_step, True)
+    acc = fma_panel(e, [e.splat(0.0)] * e.mr, queries + at, strip, n, fetch=fetch)
+    acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
+    u = strip + n * e.row
+    if e.mr < W:
+        acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
+    triangle, u = p + first * e.row + at, u + first * e.row
     for j in range(e.mr):
         x = e.load(u, j * e.row)
         for i in range(j, e.mr):
             acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
-    o = o + first * o_step
+    o = o + o_step * first
     for i in range(e.mr):
         e.store(acc[i], o + o_step * i)
 
 
 @tile
-def update(e, k_rows, strip, u, decay):
-    """16 rows of S = e^G_last S + (K e^(G_last - G))^T U."""
-    for first in range(0, W, e.mr):
-        rows = range(first, first + e.mr)
-        acc = [e.bcast(decay, i * e.size) * e.load(strip, i * e.row) for i in rows]
-        for t in range(W):
-            x = e.load(u, t * e.row)
-            acc = [e.fma(e.bcast(k_rows, t * e.row + i * e.size), x, a) for i, a in zip(rows, acc)]
-        for i, a in zip(rows, acc):
-            e.store(a, strip, i * e.row)
+def fetch(e, address, step):
+    """Bring two lines, `step` bytes apart, into the cache."""
+    e.prefetch(address)
+    e.prefetch(address + step)
+
+
+def _update(token_step, channel_step):
+    """Make the update for a panel whose tokens and channels are so many numbers apart."""
+
+    @tile
+    def update(e, keys, strip, u, decay):
+        """16 rows of S = e^G_last S + K^T U, where K or U has the factor e^(G_last - G)."""
+        for first in range(0, W, e.mr):
+            rows = range(first, first + e.mr)
+            acc = [e.bcast(decay, i * e.size) * e.load(strip, i * e.row) for i in rows]
+            for t in range(W):
+                x = e.load(u, t * e.row)
+                at = [(t * token_step + i * channel_step) * e.size for i in rows]
+                acc = [e.fma(e.bcast(keys, place), x, y) for place, y in zip(at, acc)]
+            for i, x in zip(rows, acc):
+                e.store(x, strip, i * e.row)
+
+    return update
+
+
+update_columns = _update(1, W)
+update_rows = _update(W, 1)
 
 
 # ---- one token ----

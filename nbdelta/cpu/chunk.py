@@ -72,13 +72,13 @@ from nbdelta.cpu._simd import W, claim, itemsize, lanes_of, read_int64, rows_of_
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import (
     KEY_GATE,
+    LAST,
     MANY,
-    NEG_BETA,
-    PREFIX,
     QUERY_GATE,
     SUFFIX,
     clear_pairs,
     decay_pairs,
+    fetch,
     few_pair_sums,
     finish_pairs,
     gate_products,
@@ -88,14 +88,13 @@ from nbdelta.cpu._tiles import (
     many_pair_sums,
     output,
     pack_columns,
-    pack_columns_and_rows,
     query_panels,
-    scale_columns,
-    scale_rows,
     sigmoid_row,
-    solve,
+    solve_channel_gates,
+    solve_token_gates,
     suffix_rows,
-    update,
+    update_columns,
+    update_rows,
 )
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
@@ -103,13 +102,15 @@ from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 class Scratch(NamedTuple):
     """Addresses of a worker's buffers. The strips come first, from the start of its memory on."""
 
-    keys: int  # panel [-beta e^G K | -A]
-    queries: int  # panel [scale e^G Q | P]
-    updates: int  # K e^(G_last - G) as rows
-    x: int  # three buffers [16][K]: k, q as columns and k as rows; KDA: k, q and e^g token by token
+    keys: int  # panels k and q; KDA: k e^G and q e^G
+    queries: int
+    updates: int  # KDA: k e^(G_last - G) as rows
+    x: int  # KDA: k, q and e^g token by token
     y: int
     z: int
-    kk: int  # products k.k and q.k of the block, 16 x 16
+    a: int  # -A and P of the block
+    p: int
+    kk: int  # products k.k and q.k of the block
     qk: int
     k: int  # staged rows of the arrays that do not serve where they lie
     q: int
@@ -118,7 +119,7 @@ class Scratch(NamedTuple):
     o: int
     decay: int  # e^G_last, one per channel
     bias: int  # dt_bias of the head
-    gates: int  # six rows, see gate_products
+    gates: int  # five rows, see gate_products
     beta: int
     log_decay: int
     k_norm: int
@@ -132,21 +133,20 @@ def layout(start, size, KP, VP, strips):
     Compiled into the kernel, and called as it is by the host, which wants to know the end.
     """
     row = W * size
-    panel, tokens, values, channels = (KP + W) * row, KP * row, VP * row, KP * size
-    keys = start + strips * panel
-    updates = keys + 2 * panel
+    tokens, values, channels, square = KP * row, VP * row, KP * size, W * row
+    keys = start + strips * (KP + 2 * W) * row
+    updates = keys + 2 * tokens
     x = updates + tokens
-    kk = x + 3 * tokens
-    k = kk + 2 * W * row
+    a = x + 3 * tokens
+    k = a + 4 * square
     v = k + 3 * tokens
     decay = v + 2 * values
     gates = decay + 2 * channels
-    beta = gates + 6 * row
+    beta = gates + 5 * row
     return Scratch(
-        keys, keys + panel, updates, x, x + tokens, x + 2 * tokens, kk, kk + W * row, k, k + tokens,
-        k + 2 * tokens, v, v + values, decay, decay + channels, gates, beta, beta + row,
-        beta + 2 * row,
-        beta + 3 * row, beta + 4 * row,
+        keys, keys + tokens, updates, x, x + tokens, x + 2 * tokens, a, a + square, a + 2 * square,
+        a + 3 * square, k, k + tokens, k + 2 * tokens, v, v + values, decay, decay + channels,
+        gates, beta, beta + row, beta + 2 * row, beta + 3 * row, beta + 4 * row,
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def _norms(REAL, desc, x, step, KP, out):
 
 
 @njit()
-def _pairs(REAL, KP, m, neg_beta, scale, a, p):
+def _pairs(REAL, KP, m, scale):
     """Triangles A and P of a block whose decay differs by channel, token j after token j."""
     size, lanes = itemsize(REAL), lanes_of(REAL)
     row, step, register = W * size, KP * size, lanes * size
@@ -232,7 +232,7 @@ def _pairs(REAL, KP, m, neg_beta, scale, a, p):
             else:
                 few_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
                 done += W
-        finish_pairs(REAL, m.kk, m.qk, neg_beta, scale, a + j * row, p + j * row)
+        finish_pairs(REAL, m.kk, m.qk, m.beta, scale, m.a + j * row, m.p + j * row)
 
 
 @njit()
@@ -248,7 +248,7 @@ def _load_states(REAL, desc, h0, slot, hk, first, last, strips):
                 load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
             else:
                 zero_rows(REAL, target, _padded(k))
-            target += (_padded(k) + W) * row
+            target += (_padded(k) + 2 * W) * row
 
 
 @njit()
@@ -260,23 +260,18 @@ def _store_states(REAL, desc, ht, slot, hk, first, last, strips):
             target = at(ht, slot, value_head(desc, hk, j), 0) + s * W * ht[5]
             width = min(W, v - s * W)
             store_columns(REAL, ht[1], source, row, k, width, target, ht[4], ht[5])
-            source += (_padded(k) + W) * row
+            source += (_padded(k) + 2 * W) * row
 
 
 @njit()
 def _head_gates(REAL, desc, m, b, t, n, hv):
-    """Panels of a value head with one gate per token, from the products of its key head."""
-    row, KP = W * itemsize(REAL), _padded(desc[K])
+    """Gates and triangles of a value head with one gate per token."""
     _load_token_gates(REAL, desc, b, t, n, hv, m)
     scale = REAL(real(desc, SCALE))
     gate_products(REAL, m.log_decay, m.beta, scale, m.gates)
-    scale_columns(REAL, m.x, m.gates + KEY_GATE * row, KP, m.keys)
-    scale_columns(REAL, m.y, m.gates + QUERY_GATE * row, KP, m.queries)
-    triangle = KP * row
-    decay_pairs(REAL, m.kk, m.qk, m.gates, scale, m.keys + triangle, m.queries + triangle)
-    scale_rows(REAL, m.z, m.gates + SUFFIX * row, KP // W, m.updates)
-    last = load(REAL, m.gates + PREFIX * row + (W - 1) * itemsize(REAL))
-    for c in range(0, KP, W):
+    decay_pairs(REAL, m.kk, m.qk, m.gates, m.beta, scale, m.a, m.p)
+    last = load(REAL, m.gates + LAST * W * itemsize(REAL))
+    for c in range(0, _padded(desc[K]), W):
         fill_row(REAL, last, m.decay + c * itemsize(REAL))
 
 
@@ -294,22 +289,19 @@ def _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
             apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
     else:
         g_rows, g_step = _token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
-    neg_beta = m.gates + NEG_BETA * row
-    for i in range(0, row, size):
-        save(REAL, neg_beta + i, -load(REAL, m.beta + i))
     scale = REAL(real(desc, SCALE))
+    for i in range(0, row, size):
+        save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
+    fill_row(REAL, scale, m.gates + QUERY_GATE * row)
     for c in range(0, KP, W):
         i, tile = c * size, c * row
         key_panels(
-            REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, neg_beta, step, m.x + i,
-            m.z + i, m.keys + tile, m.decay + i,
+            REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
+            m.keys + tile, m.decay + i,
         )  # fmt: skip
-        query_panels(
-            REAL, q_rows + i, q_step, m.q_norm, m.z + i, scale, step, m.y + i, m.queries + tile
-        )
+        query_panels(REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile)
         suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
-    triangle = KP * row
-    _pairs(REAL, KP, m, neg_beta, scale, m.keys + triangle, m.queries + triangle)
+    _pairs(REAL, KP, m, scale)
 
 
 @njit()
@@ -318,33 +310,59 @@ def _key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
     size, KP = itemsize(REAL), _padded(desc[K])
     for c in range(0, KP, W):
         i, tile = c * size, c * W * size
-        pack_columns_and_rows(REAL, k_rows + i, k_step, m.k_norm, m.x + tile, m.z + tile)
-        pack_columns(REAL, q_rows + i, q_step, m.q_norm, m.y + tile)
+        pack_columns(REAL, k_rows + i, k_step, m.k_norm, m.keys + tile)
+        pack_columns(REAL, q_rows + i, q_step, m.q_norm, m.queries + tile)
     for first in range(0, W, rows_of_tile(REAL)):
-        gram(REAL, m.x, m.x, first, KP, m.kk)
-        gram(REAL, m.x, m.y, first, KP, m.qk)
+        gram(REAL, m.keys, m.keys, first, KP, m.kk)
+        gram(REAL, m.keys, m.queries, first, KP, m.qk)
 
 
 @njit()
-def _value_strips(REAL, desc, m, b, t, n, hv, first, last, strips):
+def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, strips):
     """U, O and the new state of a value head, one strip of 16 columns after the other."""
     size, KP, width = itemsize(REAL), _padded(desc[K]), desc[V]
     row, MR = W * size, rows_of_tile(REAL)
-    v, o = array_at(desc, VALUE), array_at(desc, O)
+    q, k, v, g, o = (
+        array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+        array_at(desc, O),
+    )  # fmt: skip
     v_rows, v_step = _token_rows(REAL, v, b, t, n, hv, width, m.v)
     direct = n == W and is_plain(REAL, o[1], o[5], width)
     o_rows, o_step = m.o, _padded(width) * size
     if direct:
         o_rows, o_step = at(o, b, t, hv), o[3]
+    key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
+    suffix = m.gates + SUFFIX * row
     for s in range(first, last):
-        strip, i = strips + (s - first) * (KP + W) * row, s * row
+        strip, i = strips + (s - first) * (KP + 2 * W) * row, s * row
+        u = strip + KP * row
+        # what the next block needs of the caller's arrays, some lines between two products
+        v_next = at(v, b, t + W, hv) + s * W * v[5]
+        o_next = at(o, b, t + W, hv) + s * W * o[5]
+        t_next = t + W + 2 * (s - first)
+        k_next, q_next, g_next = at(k, b, t_next, hk), at(q, b, t_next, hk), at(g, b, t_next, hv)
         for j in range(0, W, MR):
-            ahead = v_rows + (W + j) * v_step + i
-            solve(REAL, m.keys, strip, KP, j, v_rows + i, v_step, m.beta, ahead, v_step)
+            if PER_CHANNEL:
+                solve_channel_gates(
+                    REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
+                    v_next, v[3],
+                )  # fmt: skip
+            else:
+                solve_token_gates(
+                    REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
+                    v_next, v[3],
+                )  # fmt: skip
         for j in range(0, W, MR):
-            output(REAL, m.queries, strip, KP, j, o_rows + i, o_step)
+            output(REAL, m.queries, m.p, strip, KP, j, query_gate, o_rows + i, o_step, o_next, o[3])
         for c in range(0, KP, W):
-            update(REAL, m.updates + c * row, strip + c * row, strip + KP * row, m.decay + c * size)
+            rows, decay = strip + c * row, m.decay + c * size
+            fetch(REAL, k_next + c * k[5], k[3])
+            fetch(REAL, q_next + c * q[5], q[3])
+            if PER_CHANNEL:
+                fetch(REAL, g_next + c * g[5], g[3])
+                update_rows(REAL, m.updates + c * row, rows, u, decay)
+            else:
+                update_columns(REAL, m.keys + c * row, rows, u + W * row, decay)
     if not direct:
         left, right = first * W, min(width, last * W)
         for c in range(n):
@@ -367,7 +385,7 @@ def _chunk_kernel(REAL, PER_CHANNEL):
         per_part = (VP // W + parts - 1) // parts
         strips = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
         m = _layout(strips, itemsize(REAL), KP, VP, r * per_part)
-        strip = (KP + W) * W * itemsize(REAL)
+        strip = (KP + 2 * W) * W * itemsize(REAL)
         while True:
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
@@ -397,7 +415,7 @@ def _chunk_kernel(REAL, PER_CHANNEL):
                     else:
                         _head_gates(REAL, desc, m, b, t, n, hv)
                     own = strips + j * (last - first) * strip
-                    _value_strips(REAL, desc, m, b, t, n, hv, first, last, own)
+                    _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, own)
                 t += n
                 if interval and (t - bos) % interval == 0:
                     slot = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + (t - bos) // interval - 1
