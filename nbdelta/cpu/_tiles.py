@@ -323,15 +323,24 @@ def _update(token_step, channel_step):
     """Make the update for a panel whose tokens and channels are so many numbers apart."""
 
     @tile
-    def update(e, keys, strip, u, decay):
-        """16 rows of S = e^G_last S + K^T U, where K or U has the factor e^(G_last - G)."""
+    def update(e, keys, n, strip, u, decay):
+        """16 rows of S = e^G_last S + K^T U over n tokens, where K or U has the factor e^(G_last -
+        G); n is a multiple of the tile's rows.
+        """
+        unroll = min(4, e.mr)
         for first in range(0, W, e.mr):
             rows = range(first, first + e.mr)
+
+            def body(offset, carried, rows=rows):
+                *acc, key = carried
+                for t in range(unroll):
+                    x = e.load(u + offset, t * e.row)
+                    at = [(t * token_step + i * channel_step) * e.size for i in rows]
+                    acc = [e.fma(e.bcast(key, place), x, y) for place, y in zip(at, acc)]
+                return [*acc, key + unroll * token_step * e.size]
+
             acc = [e.bcast(decay, i * e.size) * e.load(strip, i * e.row) for i in rows]
-            for t in range(W):
-                x = e.load(u, t * e.row)
-                at = [(t * token_step + i * channel_step) * e.size for i in rows]
-                acc = [e.fma(e.bcast(keys, place), x, y) for place, y in zip(at, acc)]
+            *acc, _ = e.loop(n * e.row, [*acc, keys], body, unroll * e.row)
             for i, x in zip(rows, acc):
                 e.store(x, strip, i * e.row)
 

@@ -159,6 +159,13 @@ def _padded(n):
 
 
 @njit()
+def _whole_tiles(REAL, n):
+    """Rows of a block that are worked on: the last block of a sequence may be short."""
+    MR = rows_of_tile(REAL)
+    return (n + MR - 1) // MR * MR
+
+
+@njit()
 def _load_16(REAL, x, b, t, n, hv, default, target):
     """N numbers of ``x[b, t:, hv]`` and zeros, or `default` where x is not given."""
     for i in range(W):
@@ -216,14 +223,14 @@ def _norms(REAL, desc, x, step, KP, out):
 
 
 @njit()
-def _pairs(REAL, KP, m, scale):
+def _pairs(REAL, KP, n, m, scale):
     """Triangles A and P of a block whose decay differs by channel, token j after token j."""
     size, lanes = itemsize(REAL), lanes_of(REAL)
     row, step, register = W * size, KP * size, lanes * size
-    for j in range(W):
+    for j in range(n):
         kk, qk = m.kk + j * register, m.qk + j * register
-        clear_pairs(REAL, W - j, kk, qk)
-        done, later = 0, W - 1 - j
+        clear_pairs(REAL, n - j, kk, qk)
+        done, later = 0, n - 1 - j
         while done < KP:
             i = j * step + done * size
             if done + MANY * lanes <= KP:
@@ -301,7 +308,7 @@ def _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
         )  # fmt: skip
         query_panels(REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile)
         suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
-    _pairs(REAL, KP, m, scale)
+    _pairs(REAL, KP, _whole_tiles(REAL, n), m, scale)
 
 
 @njit()
@@ -322,6 +329,7 @@ def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, stri
     """U, O and the new state of a value head, one strip of 16 columns after the other."""
     size, KP, width = itemsize(REAL), _padded(desc[K]), desc[V]
     row, MR = W * size, rows_of_tile(REAL)
+    tokens = _whole_tiles(REAL, n)
     q, k, v, g, o = (
         array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
         array_at(desc, O),
@@ -341,7 +349,7 @@ def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, stri
         o_next = at(o, b, t + W, hv) + s * W * o[5]
         t_next = t + W + 2 * (s - first)
         k_next, q_next, g_next = at(k, b, t_next, hk), at(q, b, t_next, hk), at(g, b, t_next, hv)
-        for j in range(0, W, MR):
+        for j in range(0, tokens, MR):
             if PER_CHANNEL:
                 solve_channel_gates(
                     REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
@@ -352,7 +360,7 @@ def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, stri
                     REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
                     v_next, v[3],
                 )  # fmt: skip
-        for j in range(0, W, MR):
+        for j in range(0, tokens, MR):
             output(REAL, m.queries, m.p, strip, KP, j, query_gate, o_rows + i, o_step, o_next, o[3])
         for c in range(0, KP, W):
             rows, decay = strip + c * row, m.decay + c * size
@@ -360,9 +368,9 @@ def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, stri
             fetch(REAL, q_next + c * q[5], q[3])
             if PER_CHANNEL:
                 fetch(REAL, g_next + c * g[5], g[3])
-                update_rows(REAL, m.updates + c * row, rows, u, decay)
+                update_rows(REAL, m.updates + c * row, tokens, rows, u, decay)
             else:
-                update_columns(REAL, m.keys + c * row, rows, u + W * row, decay)
+                update_columns(REAL, m.keys + c * row, tokens, rows, u + W * row, decay)
     if not direct:
         left, right = first * W, min(width, last * W)
         for c in range(n):
