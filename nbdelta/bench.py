@@ -16,7 +16,7 @@ from numba import prange
 
 import nbdelta
 from nbdelta import console as out
-from nbdelta.cpu._jit import njit
+from nbdelta.cpu._jit import parallel
 from nbdelta.cpu._team import thread_count
 from nbdelta.testing import as_dtype, make_inputs
 
@@ -150,7 +150,7 @@ def _peak(seconds):
     return 2 * 2048**3 / _best(lambda: np.matmul(a, b, out=c), seconds)
 
 
-@njit(parallel=True)
+@parallel
 def _multiply(x, factor):
     for i in prange(x.size):
         x[i] *= factor

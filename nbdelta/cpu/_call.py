@@ -8,7 +8,7 @@ import numpy as np
 
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import DTYPES
-from nbdelta.cpu._simd import float_of_bits, read_int64
+from nbdelta.cpu._simd import read_array, read_float, read_int64
 
 # arrays, eight numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 88, 8)
@@ -84,29 +84,15 @@ def checkpoint_starts(problem):
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
-@njit()
-def array_at(desc, index):
-    """Address, dtype code and four byte strides of an array."""
-    return (
-        desc[index],
-        desc[index + 1],
-        desc[index + 2],
-        desc[index + 3],
-        desc[index + 4],
-        desc[index + 5],
-    )
+# Address, dtype code and four byte strides of an array, and a float64 option. Not `njit` functions:
+# Numba gives every constant a type of its own and would compile them for each index.
+array_at, real = read_array, read_float
 
 
 @njit()
 def at(x, i, j, k):
     """Address of ``x[i, j, k]``."""
     return x[0] + i * x[2] + j * x[3] + k * x[4]
-
-
-@njit()
-def real(desc, index):
-    """Return the float64 option at an index."""
-    return float_of_bits(desc[index])
 
 
 @njit()

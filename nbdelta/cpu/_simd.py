@@ -26,6 +26,20 @@ W = 16
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
+
+class _BFloat16(ir.types._BaseFloatType):
+    """LLVM's type of bfloat16, which llvmlite does not have."""
+
+    null, intrinsic_name = "0.0", "bf16"
+
+    def __str__(self):
+        return "bfloat"
+
+
+_BFloat16._create_instance()
+
+BF16 = _BFloat16()
+
 _LN2 = Fraction("0.693147180559945309417232121458176568")
 
 _AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4", "znver5")
@@ -61,6 +75,13 @@ def vector_unit():
 
 
 BITS, REGISTERS = vector_unit()
+
+
+# products of bfloat16 pairs, summed in float32, in one instruction
+DOTS_BFLOAT16 = BITS == 512 and "+avx512bf16" in _features()
+if DOTS_BFLOAT16:
+    # inline assembly without a parser for it ends the process
+    binding.initialize_native_asmparser()
 
 
 def native_lanes(itemsize):
@@ -254,6 +275,45 @@ class Emitter:
         result = b.select(b.icmp_unsigned("<", bits, number(113 << 23)), small, normal)
         result = b.select(b.icmp_unsigned(">=", bits, number(143 << 23)), large, result)
         return b.trunc(b.or_(result, sign), _shape(I16, lanes))
+
+    # ---- pairs of bfloat16 in the halves of 32-bit words ----
+
+    def load_words(self, address, offset=0):
+        return Value(self, self._load(address, offset, ir.VectorType(I32, W)))
+
+    def pair(self, low, high):
+        """Round two vectors to bfloat16, to nearest, and join them lane by lane."""
+        words = []
+        for x in (low, high):
+            if DOTS_BFLOAT16:
+                bits = self.b.fptrunc(x.ir, ir.VectorType(BF16, W))
+                bits = self.b.bitcast(bits, ir.VectorType(I16, W))
+            else:
+                bits = self._bfloat16_bits(x.ir, W)
+            words.append(self.b.zext(bits, ir.VectorType(I32, W)))
+        return Value(self, self.b.or_(words[0], self.b.shl(words[1], _constant(I32, W, 16))))
+
+    def dot(self, address, offset, words, acc):
+        """Add the two products of one word in memory with each of the words to `acc`."""
+        if DOTS_BFLOAT16:
+            # as an instruction of LLVM the broadcast would stay one of its own
+            vector = acc.ir.type
+            kind = ir.FunctionType(vector, [vector, words.ir.type, I64])
+            text = f"vdpbf16ps {offset}($3){{1to16}}, $2, $0"
+            asm = ir.InlineAsm(kind, text, "=v,0,v,r,~{memory}", side_effect=True)
+            return Value(self, self.b.call(asm, [acc.ir, words.ir, address.ir]))
+        word = self._load(address, offset, I32)
+        for half in (self._low_half, self._high_half):
+            a = self.splat(Value(self, self.b.bitcast(half(word, 1), F32)))
+            b = Value(self, self.b.bitcast(half(words.ir, W), ir.VectorType(F32, W)))
+            acc = self.fma(a, b, acc)
+        return acc
+
+    def _low_half(self, word, lanes):
+        return self.b.shl(word, _constant(I32, lanes, 16))
+
+    def _high_half(self, word, lanes):
+        return self.b.and_(word, _constant(I32, lanes, 0xFFFF0000))
 
     # ---- arithmetic ----
 
@@ -502,26 +562,44 @@ def tile(function):
     return intrinsic(made)
 
 
+def _entry(context, builder, signature, args):
+    """Pointer to ``desc[index]``."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.gep(array.data, [args[1]])
+
+
 @intrinsic
 def claim(typingctx, desc, index):
     """Add 1 to ``desc[index]`` as one step among all threads; return the value before."""
 
     def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.gep(array.data, [args[1]])
+        pointer = _entry(context, builder, signature, args)
         return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "seq_cst")
 
     return types.int64(desc, types.int64), codegen
 
 
 @intrinsic
-def float_of_bits(typingctx, bits):
-    """Reinterpret an int64 as the float64 with the same bits."""
+def read_array(typingctx, desc, index):
+    """Return six entries of a descriptor from an index on: an array's address, code, strides."""
 
     def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], F64)
+        first = _entry(context, builder, signature, args)
+        values = [builder.load(builder.gep(first, [ir.Constant(I64, i)])) for i in range(6)]
+        return context.make_tuple(builder, signature.return_type, values)
 
-    return types.float64(types.int64), codegen
+    return types.UniTuple(types.int64, 6)(desc, types.int64), codegen
+
+
+@intrinsic
+def read_float(typingctx, desc, index):
+    """Return the entry of a descriptor that holds the bits of a float64."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _entry(context, builder, signature, args)
+        return builder.load(builder.bitcast(pointer, F64.as_pointer()))
+
+    return types.float64(desc, types.int64), codegen
 
 
 @intrinsic

@@ -10,15 +10,18 @@ A panel of 16 more rows behind ``K`` holds the lower triangle that meets those r
 loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 """
 
+from functools import cache
+
 from nbdelta.cpu._simd import REAL, W, tile
 
 
-def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None):
+def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None, pairs=False):
     """acc[i] += panel[s][i] * strip[s][:] for s < n, a multiple of the rows of a tile.
 
-    `fetch` is an address, a step and whether the memory will be written: as many lines as there are
-    rows in the tile are brought into the cache, one a round, so that the misses of the next block
-    are spread over the arithmetic of this one.
+    With `pairs`, n rows of both are n / 2 rows of words, see `pair_rows`. `fetch` is an address, a
+    step and whether the memory will be written: as many lines as there are rows in the tile are
+    brought into the cache, one a round, so that the misses of the next block are spread over the
+    arithmetic of this one.
     """
     unroll = min(4, e.mr)
 
@@ -26,13 +29,19 @@ def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None):
         if fetch:
             address, step, write = fetch
             e.prefetch(address + step * (offset // (unroll * e.row) % len(acc)), write)
+        a = panel + offset
         for u in range(unroll):
-            x = e.load(strip + offset, u * e.row)
-            a = panel + offset
-            acc = [e.fma(e.bcast(a, u * e.row + i * e.size), x, y) for i, y in enumerate(acc)]
+            at = [u * e.row + i * e.size for i in range(len(acc))]
+            if pairs:
+                x = e.load_words(strip + offset, u * e.row)
+                acc = [e.dot(a, place, x, y) for place, y in zip(at, acc)]
+            else:
+                x = e.load(strip + offset, u * e.row)
+                acc = [e.fma(e.bcast(a, place), x, y) for place, y in zip(at, acc)]
         return acc
 
-    return e.loop(n * e.row, acc, body, unroll * e.row, maybe_empty)
+    width = n * (e.row // 2 if pairs else e.row)
+    return e.loop(width, acc, body, unroll * e.row, maybe_empty)
 
 
 # ---- rows of tokens to panels ----
@@ -73,11 +82,47 @@ def pack_columns(e, x, x_step, norm, columns):
 
 
 @tile
-def gram(e, a, b, first, n, out):
-    """out[j][:] = sum over channels of a[channel][j] * b[channel][:], MR rows j from `first`."""
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, a + first * e.size, b, n)
-    for i in range(e.mr):
-        e.store(acc[i], out + first * e.row, i * e.row)
+def pair_rows(e, rows, n, out):
+    """Round rows i and i + 8 of every 16 of n rows to bfloat16, and join them: n / 2 rows of
+    words.
+    """
+
+    def body(offset, target):
+        for i in range(W // 2):
+            low, high = (e.load(rows + offset, j * e.row) for j in (i, i + W // 2))
+            e.store(e.pair(low, high), target[0], i * e.row)
+        return [target[0] + W // 2 * e.row]
+
+    e.loop(n * e.row, [out], body, W * e.row)
+
+
+@tile
+def pair_tokens(e, columns, n, out):
+    """The panel of n channels as n rows of 8 words: tokens i and i + 8 joined."""
+    halves = [list(range(i, i + W // 2)) for i in (0, W // 2, W, W + W // 2)]
+
+    def body(offset, target):
+        a, b = e.load(columns + offset), e.load(columns + offset, e.row)
+        low, high = e.shuffle(a, b, halves[0] + halves[2]), e.shuffle(a, b, halves[1] + halves[3])
+        e.store(e.pair(low, high), target[0])
+        return [target[0] + e.row]
+
+    e.loop(n * e.row, [out], body, 2 * e.row)
+
+
+@cache
+def gram(pairs):
+    """Make the product of two panels, with `pairs` of two panels of words."""
+
+    @tile
+    def gram(e, a, b, first, n, out):
+        """Rows j from `first`, out[j][:] = sum over n channels of a[channel][j] * b[channel][:]."""
+        acc = [e.splat(0.0)] * e.mr
+        acc = fma_panel(e, acc, a + first * e.size, b, n, pairs=pairs)
+        for i in range(e.mr):
+            e.store(acc[i], out + first * e.row, i * e.row)
+
+    return gram
 
 
 # ---- gates: every decay is a product of factors e^g, at most 1 for g <= 0 ----
@@ -115,6 +160,21 @@ def gate_products(e, g, beta, scale, out):
     key_gate, last = e.load(beta) * -1.0 * prefix, e.shuffle(prefix, prefix, [W - 1] * W)
     for i, x in enumerate((key_gate, e.splat(scale) * prefix, suffix, decay, last)):
         e.store(x, out, i * e.row)
+
+
+@tile
+def apply_norms(e, k_norm, q_norm, kk, qk):
+    """Norms of raw panels, for the products of their tokens."""
+    keys, queries = e.load(k_norm), e.load(q_norm)
+    for j in range(W):
+        norm = e.bcast(k_norm, j * e.size)
+        e.store(e.load(kk, j * e.row) * (norm * keys), kk, j * e.row)
+        e.store(e.load(qk, j * e.row) * (norm * queries), qk, j * e.row)
+
+
+@tile
+def multiply_row(e, x, factors):
+    e.store(e.load(x) * e.load(factors), x)
 
 
 @tile
@@ -258,29 +318,30 @@ def finish_pairs(e, kk, qk, beta, scale, a, p):
 # ---- the three state products, `MR` rows of 16 columns at a time ----
 
 
-def _solve(gate_updates):
+@cache
+def solve(per_channel, pairs):
+    """Make the first product; with `pairs` the panel and the state are words."""
+
     @tile
-    def solve(e, keys, a, strip, n, first, gate, v, v_step, beta, suffix, ahead, ahead_step):
-        """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S), stored behind the n rows of the
-        strip.
+    def solve(e, keys, a, states, u, n, first, gate, v, v_step, beta, suffix, ahead, ahead_step):
+        """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S).
 
         `gate` is what the product with the panel `keys` is multiplied with, `a` holds -A. Products
         with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
         v, ahead, at = v + v_step * first, ahead + ahead_step * first, first * e.size
-        acc = [e.splat(0.0)] * e.mr
-        acc = fma_panel(e, acc, keys + at, strip, n, fetch=(ahead, ahead_step, False))
+        acc, fetched = [e.splat(0.0)] * e.mr, (ahead, ahead_step, False)
+        acc = fma_panel(e, acc, keys + at, states, n, fetch=fetched, pairs=pairs)
         for i in range(e.mr):
             x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
             acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
-        u = strip + n * e.row
         if e.mr < W:
             acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
         triangle, u = a + first * e.row + at, u + first * e.row
         for j in range(e.mr):
             e.store(acc[j], u, j * e.row)
-            if gate_updates:
+            if not per_channel:
                 e.store(acc[j] * e.bcast(suffix + at, j * e.size), u, (W + j) * e.row)
             for i in range(j + 1, e.mr):
                 acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
@@ -288,28 +349,29 @@ def _solve(gate_updates):
     return solve
 
 
-solve_token_gates = _solve(True)
-solve_channel_gates = _solve(False)
+@cache
+def output(pairs):
+    """Make the second product."""
 
+    @tile
+    def output(e, queries, p, states, u, n, first, gate, o, o_step, ahead, ahead_step):
+        """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
+        at = first * e.size
+        acc, fetched = [e.splat(0.0)] * e.mr, (ahead + ahead_step * first, ahead_step, True)
+        acc = fma_panel(e, acc, queries + at, states, n, fetch=fetched, pairs=pairs)
+        acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
+        if e.mr < W:
+            acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
+        triangle, u = p + first * e.row + at, u + first * e.row
+        for j in range(e.mr):
+            x = e.load(u, j * e.row)
+            for i in range(j, e.mr):
+                acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
+        o = o + o_step * first
+        for i in range(e.mr):
+            e.store(acc[i], o + o_step * i)
 
-@tile
-def output(e, queries, p, strip, n, first, gate, o, o_step, ahead, ahead_step):
-    """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
-    at = first * e.size
-    fetch = (ahead + ahead_step * first, ahead_step, True)
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, queries + at, strip, n, fetch=fetch)
-    acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
-    u = strip + n * e.row
-    if e.mr < W:
-        acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
-    triangle, u = p + first * e.row + at, u + first * e.row
-    for j in range(e.mr):
-        x = e.load(u, j * e.row)
-        for i in range(j, e.mr):
-            acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
-    o = o + o_step * first
-    for i in range(e.mr):
-        e.store(acc[i], o + o_step * i)
+    return output
 
 
 @tile
@@ -319,36 +381,50 @@ def fetch(e, address, step):
     e.prefetch(address + step)
 
 
-def _update(token_step, channel_step):
-    """Make the update for a panel whose tokens and channels are so many numbers apart."""
+@cache
+def update(per_channel, pairs):
+    """Make the third product.
+
+    The panel has tokens as its rows, and with one gate per token channels. With `pairs` the rows of
+    the state are stored as words too; the product is one of words if k is in the panel as it is.
+    With a gate per channel k and U both would be rounded for every token that is added to the
+    state, more than it can bear where nothing decays.
+    """
+    dots = pairs and not per_channel
+    token_step, channel_step = (W, 1) if per_channel else (1, W // 2 if dots else W)
 
     @tile
-    def update(e, keys, n, strip, u, decay):
+    def update(e, keys, n, rows, u, decay, words):
         """16 rows of S = e^G_last S + K^T U over n tokens, where K or U has the factor e^(G_last -
         G); n is a multiple of the tile's rows.
         """
-        unroll = min(4, e.mr)
+        rounds = min(4, e.mr)
         for first in range(0, W, e.mr):
-            rows = range(first, first + e.mr)
+            channels = range(first, first + e.mr)
 
-            def body(offset, carried, rows=rows):
+            def body(offset, carried, channels=channels):
                 *acc, key = carried
-                for t in range(unroll):
-                    x = e.load(u + offset, t * e.row)
-                    at = [(t * token_step + i * channel_step) * e.size for i in rows]
-                    acc = [e.fma(e.bcast(key, place), x, y) for place, y in zip(at, acc)]
-                return [*acc, key + unroll * token_step * e.size]
+                for t in range(rounds):
+                    at = [(t * token_step + i * channel_step) * e.size for i in channels]
+                    if dots:
+                        x = e.load_words(u + offset, t * e.row)
+                        acc = [e.dot(key, place, x, y) for place, y in zip(at, acc)]
+                    else:
+                        x = e.load(u + offset, t * e.row)
+                        acc = [e.fma(e.bcast(key, place), x, y) for place, y in zip(at, acc)]
+                return [*acc, key + rounds * token_step * e.size]
 
-            acc = [e.bcast(decay, i * e.size) * e.load(strip, i * e.row) for i in rows]
-            *acc, _ = e.loop(n * e.row, [*acc, keys], body, unroll * e.row)
-            for i, x in zip(rows, acc):
-                e.store(x, strip, i * e.row)
+            acc = [e.bcast(decay, i * e.size) * e.load(rows, i * e.row) for i in channels]
+            width = n * (e.row // 2 if dots else e.row)
+            *acc, _ = e.loop(width, [*acc, keys], body, rounds * e.row)
+            for i, x in zip(channels, acc):
+                e.store(x, rows, i * e.row)
+        if pairs:
+            for i in range(W // 2):
+                low, high = (e.load(rows, j * e.row) for j in (i, i + W // 2))
+                e.store(e.pair(low, high), words, i * e.row)
 
     return update
-
-
-update_columns = _update(1, W)
-update_rows = _update(W, 1)
 
 
 # ---- one token ----

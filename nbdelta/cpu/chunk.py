@@ -54,7 +54,7 @@ from nbdelta.cpu._call import (
     sequence,
     value_head,
 )
-from nbdelta.cpu._jit import SOURCES, kernel, njit
+from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     fill_row,
     get,
@@ -68,7 +68,7 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, itemsize, lanes_of, read_int64, rows_of_tile
+from nbdelta.cpu._simd import DOTS_BFLOAT16, W, claim, itemsize, lanes_of, read_int64, rows_of_tile
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import (
     KEY_GATE,
@@ -76,6 +76,7 @@ from nbdelta.cpu._tiles import (
     MANY,
     QUERY_GATE,
     SUFFIX,
+    apply_norms,
     clear_pairs,
     decay_pairs,
     fetch,
@@ -86,15 +87,16 @@ from nbdelta.cpu._tiles import (
     inverse_norms,
     key_panels,
     many_pair_sums,
+    multiply_row,
     output,
     pack_columns,
+    pair_rows,
+    pair_tokens,
     query_panels,
     sigmoid_row,
-    solve_channel_gates,
-    solve_token_gates,
+    solve,
     suffix_rows,
-    update_columns,
-    update_rows,
+    update,
 )
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
@@ -104,6 +106,9 @@ class Scratch(NamedTuple):
 
     keys: int  # panels k and q; KDA: k e^G and q e^G
     queries: int
+    key_words: int  # the panels of the three products as words
+    query_words: int
+    update_words: int
     updates: int  # KDA: k e^(G_last - G) as rows
     x: int  # KDA: k, q and e^g token by token
     y: int
@@ -120,6 +125,7 @@ class Scratch(NamedTuple):
     decay: int  # e^G_last, one per channel
     bias: int  # dt_bias of the head
     gates: int  # five rows, see gate_products
+    ones: int
     beta: int
     log_decay: int
     k_norm: int
@@ -127,26 +133,38 @@ class Scratch(NamedTuple):
     end: int
 
 
-def layout(start, size, KP, VP, strips):
-    """Carve a worker's memory: padded head sizes, `strips` resident strips, `size` bytes a number.
+def strip_rows(KP, pairs):
+    """Rows of a strip: the state, U, e^(G_last - G) U, and the state and the last U as words."""
+    rows = KP + 2 * W
+    return rows + (KP + W) // 2 if pairs else rows
+
+
+_strip_rows = njit()(strip_rows)
+
+
+def layout(start, size, KP, VP, rows, pairs):
+    """Carve a worker's memory: padded head sizes, `rows` rows of strips, `size` bytes a number.
 
     Compiled into the kernel, and called as it is by the host, which wants to know the end.
     """
     row = W * size
     tokens, values, channels, square = KP * row, VP * row, KP * size, W * row
-    keys = start + strips * (KP + 2 * W) * row
-    updates = keys + 2 * tokens
+    keys = start + rows * row
+    key_words = keys + 2 * tokens
+    half = tokens // 2 if pairs else 0
+    updates = key_words + 3 * half
     x = updates + tokens
     a = x + 3 * tokens
     k = a + 4 * square
     v = k + 3 * tokens
     decay = v + 2 * values
     gates = decay + 2 * channels
-    beta = gates + 5 * row
+    beta = gates + 6 * row
     return Scratch(
-        keys, keys + tokens, updates, x, x + tokens, x + 2 * tokens, a, a + square, a + 2 * square,
-        a + 3 * square, k, k + tokens, k + 2 * tokens, v, v + values, decay, decay + channels,
-        gates, beta, beta + row, beta + 2 * row, beta + 3 * row, beta + 4 * row,
+        keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, updates, x,
+        x + tokens, x + 2 * tokens, a, a + square, a + 2 * square, a + 3 * square, k, k + tokens,
+        k + 2 * tokens, v, v + values, decay, decay + channels, gates, gates + 5 * row, beta,
+        beta + row, beta + 2 * row, beta + 3 * row, beta + 4 * row,
     )  # fmt: skip
 
 
@@ -242,24 +260,31 @@ def _pairs(REAL, KP, n, m, scale):
         finish_pairs(REAL, m.kk, m.qk, m.beta, scale, m.a + j * row, m.p + j * row)
 
 
-@njit()
-def _load_states(REAL, desc, h0, slot, hk, first, last, strips):
-    """Bring columns first.. of a key head's states into strips."""
-    k, v, row = desc[K], desc[V], W * itemsize(REAL)
-    target = strips
-    for j in range(desc[HV] // desc[H]):
-        for s in range(first, last):
-            if h0[0]:
-                source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
-                width = min(W, v - s * W)
-                load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
-            else:
-                zero_rows(REAL, target, _padded(k))
-            target += (_padded(k) + 2 * W) * row
+@cache
+def _load_states(PAIRS):
+    @njit()
+    def load_states(REAL, desc, h0, slot, hk, first, last, strips):
+        """Bring columns first.. of a key head's states into strips."""
+        k, v, row, KP = desc[K], desc[V], W * itemsize(REAL), _padded(desc[K])
+        target = strips
+        for j in range(desc[HV] // desc[H]):
+            for s in range(first, last):
+                if h0[0]:
+                    source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
+                    width = min(W, v - s * W)
+                    load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
+                else:
+                    zero_rows(REAL, target, KP)
+                if PAIRS:
+                    pair_rows(REAL, target, KP, target + (KP + 2 * W) * row)
+                target += _strip_rows(KP, PAIRS) * row
+
+    return load_states
 
 
 @njit()
-def _store_states(REAL, desc, ht, slot, hk, first, last, strips):
+def _store_states(REAL, desc, ht, slot, hk, first, last, strips, step):
+    """Write columns first.. of a key head's states from strips `step` bytes apart."""
     k, v, row = desc[K], desc[V], W * itemsize(REAL)
     source = strips
     for j in range(desc[HV] // desc[H]):
@@ -267,124 +292,185 @@ def _store_states(REAL, desc, ht, slot, hk, first, last, strips):
             target = at(ht, slot, value_head(desc, hk, j), 0) + s * W * ht[5]
             width = min(W, v - s * W)
             store_columns(REAL, ht[1], source, row, k, width, target, ht[4], ht[5])
-            source += (_padded(k) + 2 * W) * row
-
-
-@njit()
-def _head_gates(REAL, desc, m, b, t, n, hv):
-    """Gates and triangles of a value head with one gate per token."""
-    _load_token_gates(REAL, desc, b, t, n, hv, m)
-    scale = REAL(real(desc, SCALE))
-    gate_products(REAL, m.log_decay, m.beta, scale, m.gates)
-    decay_pairs(REAL, m.kk, m.qk, m.gates, m.beta, scale, m.a, m.p)
-    last = load(REAL, m.gates + LAST * W * itemsize(REAL))
-    for c in range(0, _padded(desc[K]), W):
-        fill_row(REAL, last, m.decay + c * itemsize(REAL))
-
-
-@njit()
-def _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
-    """Panels of a value head with one gate per token and channel."""
-    size, KP, g = itemsize(REAL), _padded(desc[K]), array_at(desc, G)
-    row, step = W * size, KP * size
-    if desc[RAW_GATE]:
-        g_rows, g_step = m.g, step
-        load_tokens(REAL, g[1], at(g, b, t, hv), g[3], g[5], n, desc[K], m.g)
-        load_bias(REAL, desc, hv, desc[K], m.bias)
-        factor = gate_factor(desc, hv)
-        for i in range(n):
-            apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
-    else:
-        g_rows, g_step = _token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
-    scale = REAL(real(desc, SCALE))
-    for i in range(0, row, size):
-        save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
-    fill_row(REAL, scale, m.gates + QUERY_GATE * row)
-    for c in range(0, KP, W):
-        i, tile = c * size, c * row
-        key_panels(
-            REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
-            m.keys + tile, m.decay + i,
-        )  # fmt: skip
-        query_panels(REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile)
-        suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
-    _pairs(REAL, KP, _whole_tiles(REAL, n), m, scale)
-
-
-@njit()
-def _key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
-    """What the value heads of a key head share when the gate is one per token."""
-    size, KP = itemsize(REAL), _padded(desc[K])
-    for c in range(0, KP, W):
-        i, tile = c * size, c * W * size
-        pack_columns(REAL, k_rows + i, k_step, m.k_norm, m.keys + tile)
-        pack_columns(REAL, q_rows + i, q_step, m.q_norm, m.queries + tile)
-    for first in range(0, W, rows_of_tile(REAL)):
-        gram(REAL, m.keys, m.keys, first, KP, m.kk)
-        gram(REAL, m.keys, m.queries, first, KP, m.qk)
-
-
-@njit()
-def _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, strips):
-    """U, O and the new state of a value head, one strip of 16 columns after the other."""
-    size, KP, width = itemsize(REAL), _padded(desc[K]), desc[V]
-    row, MR = W * size, rows_of_tile(REAL)
-    tokens = _whole_tiles(REAL, n)
-    q, k, v, g, o = (
-        array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
-        array_at(desc, O),
-    )  # fmt: skip
-    v_rows, v_step = _token_rows(REAL, v, b, t, n, hv, width, m.v)
-    direct = n == W and is_plain(REAL, o[1], o[5], width)
-    o_rows, o_step = m.o, _padded(width) * size
-    if direct:
-        o_rows, o_step = at(o, b, t, hv), o[3]
-    key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
-    suffix = m.gates + SUFFIX * row
-    for s in range(first, last):
-        strip, i = strips + (s - first) * (KP + 2 * W) * row, s * row
-        u = strip + KP * row
-        # what the next block needs of the caller's arrays, some lines between two products
-        v_next = at(v, b, t + W, hv) + s * W * v[5]
-        o_next = at(o, b, t + W, hv) + s * W * o[5]
-        t_next = t + W + 2 * (s - first)
-        k_next, q_next, g_next = at(k, b, t_next, hk), at(q, b, t_next, hk), at(g, b, t_next, hv)
-        for j in range(0, tokens, MR):
-            if PER_CHANNEL:
-                solve_channel_gates(
-                    REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
-                    v_next, v[3],
-                )  # fmt: skip
-            else:
-                solve_token_gates(
-                    REAL, m.keys, m.a, strip, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
-                    v_next, v[3],
-                )  # fmt: skip
-        for j in range(0, tokens, MR):
-            output(REAL, m.queries, m.p, strip, KP, j, query_gate, o_rows + i, o_step, o_next, o[3])
-        for c in range(0, KP, W):
-            rows, decay = strip + c * row, m.decay + c * size
-            fetch(REAL, k_next + c * k[5], k[3])
-            fetch(REAL, q_next + c * q[5], q[3])
-            if PER_CHANNEL:
-                fetch(REAL, g_next + c * g[5], g[3])
-                update_rows(REAL, m.updates + c * row, tokens, rows, u, decay)
-            else:
-                update_columns(REAL, m.keys + c * row, tokens, rows, u + W * row, decay)
-    if not direct:
-        left, right = first * W, min(width, last * W)
-        for c in range(n):
-            target = at(o, b, t + c, hv) + left * o[5]
-            store_row(REAL, o[1], o_rows + c * o_step + left * size, right - left, target, o[5])
+            source += step
 
 
 @cache
-def _chunk_kernel(REAL, PER_CHANNEL):
-    STAMP = SOURCES
+def _head_gates(PAIRS):
+    @njit()
+    def head_gates(REAL, desc, m, b, t, n, hv):
+        """Gates and triangles of a value head with one gate per token."""
+        row = W * itemsize(REAL)
+        _load_token_gates(REAL, desc, b, t, n, hv, m)
+        scale = REAL(real(desc, SCALE))
+        gate_products(REAL, m.log_decay, m.beta, scale, m.gates)
+        decay_pairs(REAL, m.kk, m.qk, m.gates, m.beta, scale, m.a, m.p)
+        if PAIRS:
+            # the words hold k and q as they are
+            multiply_row(REAL, m.gates + KEY_GATE * row, m.k_norm)
+            multiply_row(REAL, m.gates + QUERY_GATE * row, m.q_norm)
+            multiply_row(REAL, m.gates + SUFFIX * row, m.k_norm)
+        last = load(REAL, m.gates + LAST * row)
+        for c in range(0, _padded(desc[K]), W):
+            fill_row(REAL, last, m.decay + c * itemsize(REAL))
 
-    @kernel
+    return head_gates
+
+
+@cache
+def _channel_gates(PAIRS):
+    @njit()
+    def channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
+        """Panels of a value head with one gate per token and channel."""
+        size, KP, g = itemsize(REAL), _padded(desc[K]), array_at(desc, G)
+        row, step = W * size, KP * size
+        if desc[RAW_GATE]:
+            g_rows, g_step = m.g, step
+            load_tokens(REAL, g[1], at(g, b, t, hv), g[3], g[5], n, desc[K], m.g)
+            load_bias(REAL, desc, hv, desc[K], m.bias)
+            factor = gate_factor(desc, hv)
+            for i in range(n):
+                apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
+        else:
+            g_rows, g_step = _token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
+        scale = REAL(real(desc, SCALE))
+        for i in range(0, row, size):
+            save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
+        fill_row(REAL, scale, m.gates + QUERY_GATE * row)
+        for c in range(0, KP, W):
+            i, tile = c * size, c * row
+            key_panels(
+                REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
+                m.keys + tile, m.decay + i,
+            )  # fmt: skip
+            query_panels(
+                REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile
+            )
+            suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
+        _pairs(REAL, KP, _whole_tiles(REAL, n), m, scale)
+        if PAIRS:
+            pair_rows(REAL, m.keys, KP, m.key_words)
+            pair_rows(REAL, m.queries, KP, m.query_words)
+
+    return channel_gates
+
+
+@cache
+def _key_head(PAIRS):
+    product = gram(PAIRS)
+
+    @njit()
+    def key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+        """What the value heads of a key head share when the gate is one per token."""
+        size, KP = itemsize(REAL), _padded(desc[K])
+        k_norm, q_norm, keys, queries = m.k_norm, m.q_norm, m.keys, m.queries
+        if PAIRS:
+            # k and q are bfloat16 already: left as they are they lose nothing as words
+            k_norm = q_norm = m.ones
+            keys, queries = m.key_words, m.query_words
+            fill_row(REAL, REAL(1), m.ones)
+        for c in range(0, KP, W):
+            i, tile = c * size, c * W * size
+            pack_columns(REAL, k_rows + i, k_step, k_norm, m.keys + tile)
+            pack_columns(REAL, q_rows + i, q_step, q_norm, m.queries + tile)
+        if PAIRS:
+            pair_rows(REAL, m.keys, KP, keys)
+            pair_rows(REAL, m.queries, KP, queries)
+            pair_tokens(REAL, m.keys, KP, m.update_words)
+        for first in range(0, W, rows_of_tile(REAL)):
+            product(REAL, keys, keys, first, KP, m.kk)
+            product(REAL, keys, queries, first, KP, m.qk)
+        if PAIRS:
+            apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
+
+    return key_head
+
+
+@cache
+def _value_strips(PER_CHANNEL, PAIRS):
+    first_product, second_product = solve(PER_CHANNEL, PAIRS), output(PAIRS)
+    third_product = update(PER_CHANNEL, PAIRS)
+    DOTS_IN_UPDATE = PAIRS and not PER_CHANNEL
+
+    @njit()
+    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips):
+        """U, O and the new state of a value head, one strip of 16 columns after the other."""
+        size, KP, width = itemsize(REAL), _padded(desc[K]), desc[V]
+        row, MR = W * size, rows_of_tile(REAL)
+        tokens = _whole_tiles(REAL, n)
+        q, k, v, g, o = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+            array_at(desc, O),
+        )  # fmt: skip
+        v_rows, v_step = _token_rows(REAL, v, b, t, n, hv, width, m.v)
+        direct = n == W and is_plain(REAL, o[1], o[5], width)
+        o_rows, o_step = m.o, _padded(width) * size
+        if direct:
+            o_rows, o_step = at(o, b, t, hv), o[3]
+        key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
+        suffix = m.gates + SUFFIX * row
+        keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
+        if PER_CHANNEL:
+            updates = m.updates
+        if PAIRS:
+            keys, queries, tokens = m.key_words, m.query_words, W
+        if DOTS_IN_UPDATE:
+            updates, update_step = m.update_words, row // 2
+        for s in range(first, last):
+            strip, i = strips + (s - first) * _strip_rows(KP, PAIRS) * row, s * row
+            u = strip + KP * row
+            states, words = strip, u + 2 * W * row
+            new_u = u if PER_CHANNEL else u + W * row
+            if PAIRS:
+                states = words
+            # what the next block needs of the caller's arrays, some lines between two products
+            v_next = at(v, b, t + W, hv) + s * W * v[5]
+            o_next = at(o, b, t + W, hv) + s * W * o[5]
+            t_next = t + W + 2 * (s - first)
+            k_next, q_next, g_next = (
+                at(k, b, t_next, hk),
+                at(q, b, t_next, hk),
+                at(g, b, t_next, hv),
+            )
+            for j in range(0, tokens, MR):
+                first_product(
+                    REAL, keys, m.a, states, u, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
+                    v_next, v[3],
+                )  # fmt: skip
+            for j in range(0, tokens, MR):
+                second_product(
+                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
+                    o[3],
+                )  # fmt: skip
+            if DOTS_IN_UPDATE:
+                u_words = words + KP // 2 * row
+                pair_rows(REAL, new_u, W, u_words)
+                new_u = u_words
+            for c in range(0, KP, W):
+                fetch(REAL, k_next + c * k[5], k[3])
+                fetch(REAL, q_next + c * q[5], q[3])
+                if PER_CHANNEL:
+                    fetch(REAL, g_next + c * g[5], g[3])
+                third_product(
+                    REAL, updates + c * update_step, tokens, strip + c * row, new_u,
+                    m.decay + c * size, words + c // 2 * row,
+                )  # fmt: skip
+        if not direct:
+            left, right = first * W, min(width, last * W)
+            for c in range(n):
+                target = at(o, b, t + c, hv) + left * o[5]
+                store_row(REAL, o[1], o_rows + c * o_step + left * size, right - left, target, o[5])
+
+    return value_strips
+
+
+@cache
+def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
+    load_states, head_gates, key_head = _load_states(PAIRS), _head_gates(PAIRS), _key_head(PAIRS)
+    channel_gates, value_strips = _channel_gates(PAIRS), _value_strips(PER_CHANNEL, PAIRS)
+
+    @kernel(REAL, PER_CHANNEL, PAIRS)
     def chunk_kernel(desc, worker):
-        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         q, k, h0, ht = (
             array_at(desc, Q), array_at(desc, KEY), array_at(desc, H0), array_at(desc, HT),
         )  # fmt: skip
@@ -392,8 +478,8 @@ def _chunk_kernel(REAL, PER_CHANNEL):
         KP, VP = _padded(desc[K]), _padded(desc[V])
         per_part = (VP // W + parts - 1) // parts
         strips = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
-        m = _layout(strips, itemsize(REAL), KP, VP, r * per_part)
-        strip = (KP + 2 * W) * W * itemsize(REAL)
+        m = _layout(strips, itemsize(REAL), KP, VP, r * per_part * _strip_rows(KP, PAIRS), PAIRS)
+        strip = _strip_rows(KP, PAIRS) * W * itemsize(REAL)
         while True:
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
@@ -403,7 +489,7 @@ def _chunk_kernel(REAL, PER_CHANNEL):
             if eos - bos < desc[MIN_LENGTH] or eos - bos > desc[MAX_LENGTH]:
                 continue
             first, last = part * per_part, min((part + 1) * per_part, VP // W)
-            _load_states(REAL, desc, h0, seq, hk, first, last, strips)
+            load_states(REAL, desc, h0, seq, hk, first, last, strips)
             t = bos
             while t < eos:
                 n = min(W, eos - t)
@@ -414,23 +500,23 @@ def _chunk_kernel(REAL, PER_CHANNEL):
                 _norms(REAL, desc, k_rows, k_step, KP, m.k_norm)
                 _norms(REAL, desc, q_rows, q_step, KP, m.q_norm)
                 if not PER_CHANNEL:
-                    _key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
+                    key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
                 for j in range(r):
                     hv = value_head(desc, hk, j)
                     _load_beta(REAL, desc, b, t, n, hv, m.beta)
                     if PER_CHANNEL:
-                        _channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
+                        channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
                     else:
-                        _head_gates(REAL, desc, m, b, t, n, hv)
+                        head_gates(REAL, desc, m, b, t, n, hv)
                     own = strips + j * (last - first) * strip
-                    _value_strips(REAL, PER_CHANNEL, desc, m, b, t, n, hk, hv, first, last, own)
+                    value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, own)
                 t += n
                 if interval and (t - bos) % interval == 0:
                     slot = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + (t - bos) // interval - 1
                     kept = array_at(desc, CHECKPOINTS)
-                    _store_states(REAL, desc, kept, slot, hk, first, last, strips)
+                    _store_states(REAL, desc, kept, slot, hk, first, last, strips, strip)
             if ht[0]:
-                _store_states(REAL, desc, ht, seq, hk, first, last, strips)
+                _store_states(REAL, desc, ht, seq, hk, first, last, strips, strip)
 
     return chunk_kernel
 
@@ -458,5 +544,7 @@ def chunk_gated_delta_rule(problem, min_length=0):
     strips = -(-(VP // W) // parts)
     parts = -(-(VP // W) // strips)
     desc[PARTS] = parts
-    scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, p.HV // p.H * strips)[-1]
-    run(_chunk_kernel(REAL, p.per_channel), desc, items * parts, scratch, threads)
+    pairs = DOTS_BFLOAT16 and p.q.dtype == "bfloat16" and p.precision != "highest"
+    rows = p.HV // p.H * strips * strip_rows(KP, pairs)
+    scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, pairs).end
+    run(_chunk_kernel(REAL, p.per_channel, pairs), desc, items * parts, scratch, threads)

@@ -35,8 +35,9 @@ from nbdelta.cpu._memory import (
     zero_rows,
 )
 from nbdelta.cpu._simd import W, claim, itemsize, read_int64, tile_rows
+from nbdelta.cpu._solve_tiles import solve
 from nbdelta.cpu._team import run, thread_count
-from nbdelta.cpu._tiles import pack_columns, solve
+from nbdelta.cpu._tiles import pack_columns
 from nbdelta.cpu.chunk_cumsum import addresses, chunk_bounds
 
 # descriptor fields of this kernel: table of (address of L, of b or 0, of x, rows) for every matrix
@@ -126,7 +127,7 @@ def _solve_kernel(REAL):
                                 save(REAL, right + j * (ROW + SIZE), REAL(1))
                     if b_source or i >= s * W:
                         for j in range(0, W, MR):
-                            solve(REAL, panel, strip, i, j, right, ROW, inverse, right, 0)
+                            solve(REAL, panel, strip, i, j, right, ROW, inverse)
                     else:
                         for j in range(W):
                             fill_row(REAL, REAL(0), strip + (i + j) * ROW)

@@ -1,0 +1,89 @@
+"""Products of bfloat16 pairs, of machines that have an instruction for them; emulated elsewhere."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbdelta
+from nbdelta import naive
+from nbdelta.cpu import chunk
+from nbdelta.testing import make_inputs, rel_l2
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def _inputs(gate, H, HV, K, V, T, decay, l2norm):
+    x = make_inputs(T + K, 1, T, H, HV, K, V, gate)
+    x["g"] = (x["g"] * decay).astype(np.float32)
+    if not l2norm:
+        for name in ("q", "k"):
+            x[name] = x[name] / np.linalg.norm(x[name], axis=-1, keepdims=True)
+    for name in ("q", "k", "v"):
+        x[name] = x[name].astype(BFLOAT16)
+    h0 = np.random.default_rng(1).standard_normal((1, HV, K, V)).astype(np.float32)
+    x.update(initial_state=h0, output_final_state=True, use_qk_l2norm_in_kernel=l2norm)
+    return x
+
+
+def _errors(results, x):
+    exact = {
+        name: value.astype(np.float64) if isinstance(value, np.ndarray) else value
+        for name, value in x.items()
+    }
+    expected = naive.gated_delta_rule(**exact)
+    return rel_l2(results[0], expected[0], 2), rel_l2(results[1], expected[1], 1)
+
+
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+@pytest.mark.parametrize("l2norm", [True, False])
+@pytest.mark.parametrize("decay", [0.02, 1.0, 100.0])
+@pytest.mark.parametrize(
+    ("H", "HV", "K", "V", "T"), [(1, 2, 128, 128, 77), (2, 2, 100, 60, 129), (1, 3, 64, 32, 16)]
+)
+def test_error_is_of_the_size_of_the_rounded_output(
+    monkeypatch, gate, l2norm, decay, H, HV, K, V, T
+):
+    """Within twice the error of float32 products of the same inputs, rounded to bfloat16."""
+    x = _inputs(gate, H, HV, K, V, T, decay, l2norm)
+    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", False)
+    error, state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
+    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    paired_error, paired_state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
+    assert state_error < 2e-6
+    assert paired_error < 2 * error
+    assert paired_state_error < 5e-3
+    if decay < 1:
+        # the words were used: where the state lives long their rounding shows
+        assert paired_state_error > 1e-4
+
+
+def test_highest_precision_has_no_rounded_products(monkeypatch):
+    x = _inputs("gda", 1, 2, 64, 64, 50, 1.0, True)
+    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", False)
+    o, state = nbdelta.chunk_gated_delta_rule(**x)
+    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    o_highest, state_highest = nbdelta.chunk_gated_delta_rule(**x, precision="highest")
+    assert np.array_equal(o.view(np.uint16), o_highest.view(np.uint16))
+    assert np.array_equal(state, state_highest)
+
+
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_bitwise_promises(monkeypatch, gate):
+    """Later tokens, a split at 64 and a NaN of a later token change nothing before them."""
+    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    x = _inputs(gate, 1, 2, 64, 48, 150, 1.0, True)
+    o, state = nbdelta.chunk_gated_delta_rule(**x)
+
+    def part(a, b, h0):
+        y = {n: v[:, a:b] if n in ("q", "k", "v", "g", "beta") else v for n, v in x.items()}
+        return nbdelta.chunk_gated_delta_rule(**{**y, "initial_state": h0})
+
+    first, between = part(0, 64, x["initial_state"])
+    second, end = part(64, 150, between)
+    assert np.array_equal(np.concatenate([first, second], 1).view(np.uint16), o.view(np.uint16))
+    assert np.array_equal(end, state)
+    x["v"][0, 101, 0] = np.nan
+    o_nan, _ = nbdelta.chunk_gated_delta_rule(**x)
+    assert np.array_equal(o_nan[:, :101].view(np.uint16), o[:, :101].view(np.uint16))
+    assert np.array_equal(o_nan[:, :, 1].view(np.uint16), o[:, :, 1].view(np.uint16))
+    assert np.isnan(o_nan[0, 101, 0].astype(np.float32)).all()
