@@ -484,6 +484,29 @@ class Emitter:
             merged.append(Value(self, phi))
         return merged
 
+    def choose(self, number, emit, n):
+        """Run ``emit(i)`` for the i < n that equals `number`, and return its value if it has one.
+
+        A number out of range runs the last one.
+        """
+        b = self.b
+        cases = [b.append_basic_block(f"case{i}") for i in range(n)]
+        done = b.append_basic_block("done")
+        switch = b.switch(number.ir, cases[-1])
+        results = []
+        for i, case in enumerate(cases):
+            switch.add_case(ir.Constant(I64, i), case)
+            b.position_at_end(case)
+            results.append((emit(i), b.block))
+            b.branch(done)
+        b.position_at_end(done)
+        if results[0][0] is None:
+            return None
+        phi = b.phi(results[0][0].ir.type)
+        for value, block in results:
+            phi.add_incoming(value.ir, block)
+        return Value(self, phi)
+
 
 _STORED = {"float16": HALF, "float32": F32, "float64": F64}
 
@@ -526,21 +549,23 @@ def _pairing(n, step):
     return low, high
 
 
-REAL = "a float of the code, as the annotation of what a tile returns"
+# annotations of what a tile returns, if anything
+REAL = "a float of the code"
+INT = "an integer"
 
 
 def tile(function):
     """Make a kernel function ``f(REAL, *args)`` of an emitter function ``f(e, *args)``.
 
-    The emitter function returns nothing, or with ``-> REAL`` a float of the code as the result.
+    The emitter function returns nothing, or what its annotation says, ``-> REAL`` or ``-> INT``.
     """
     names = list(inspect.signature(function).parameters)[1:]
-    returns = function.__annotations__.get("return") is REAL
+    returns = function.__annotations__.get("return")
 
     def typing(real, args):
         real = real.dtype
         signature = [real if isinstance(a, types.Float) else types.int64 for a in args]
-        result = real if returns else types.void
+        result = {REAL: real, INT: types.int64}.get(returns, types.void)
 
         def codegen(context, builder, signature, values):
             e = Emitter(builder, real)
@@ -612,7 +637,7 @@ def read_int64(typingctx, address):
     return types.int64(types.int64), codegen
 
 
-def _constant_of(function):
+def constant_of(function):
     """Make a kernel function of REAL that is ``function(bytes of REAL)``, known while compiling."""
 
     def typing(typingctx, real):
@@ -626,6 +651,25 @@ def _constant_of(function):
     return intrinsic(typing)
 
 
-itemsize = _constant_of(lambda size: size)
-rows_of_tile = _constant_of(tile_rows)
-lanes_of = _constant_of(native_lanes)
+itemsize = constant_of(lambda size: size)
+rows_of_tile = constant_of(tile_rows)
+lanes_of = constant_of(native_lanes)
+
+
+def _rounded_up(multiple_of):
+    """Make a kernel function ``f(REAL, n)``: n rounded up to ``multiple_of(bytes of REAL)``."""
+
+    def typing(typingctx, real, n):
+        multiple = multiple_of(8 if real.dtype == types.float64 else 4)
+
+        def codegen(context, builder, signature, args):
+            last = ir.Constant(I64, multiple - 1)
+            return builder.and_(builder.add(args[1], last), ir.Constant(I64, -multiple))
+
+        return types.int64(real, types.int64), codegen
+
+    return intrinsic(typing)
+
+
+padded = _rounded_up(lambda size: W)
+whole_tiles = _rounded_up(tile_rows)

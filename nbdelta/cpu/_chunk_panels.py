@@ -1,0 +1,231 @@
+"""What a block of the chunked kernel prepares: rows to panels, gates, and the triangles A and P."""
+
+from functools import cache
+
+from nbdelta.cpu._call import (
+    BETA,
+    BETA_FACTOR,
+    EPS,
+    RAW_GATE,
+    SCALE,
+    SIGMOID_BETA,
+    G,
+    K,
+    array_at,
+    at,
+    real,
+)
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._memory import (
+    fill_row,
+    get,
+    is_plain,
+    load,
+    load_tokens,
+    save,
+)
+from nbdelta.cpu._simd import (
+    W,
+    itemsize,
+    lanes_of,
+    padded,
+    rows_of_tile,
+    whole_tiles,
+)
+from nbdelta.cpu._tiles import (
+    KEY_GATE,
+    LAST,
+    MANY,
+    QUERY_GATE,
+    SUFFIX,
+    apply_norms,
+    clear_pairs,
+    decay_pairs,
+    few_pair_sums,
+    finish_pairs,
+    gate_products,
+    gram,
+    inverse_norms,
+    key_panels,
+    many_pair_sums,
+    multiply_row,
+    pack_columns,
+    pair_rows,
+    pair_tokens,
+    query_panels,
+    sigmoid_row,
+    suffix_rows,
+)
+from nbdelta.cpu.gate import (
+    apply_gate,
+    gate_factor,
+    load_bias,
+)
+
+
+@njit()
+def token_rows(REAL, x, b, t, n, h, width, staged):
+    """Address and step of 16 padded token rows: the caller's own where they serve, else a copy."""
+    source = at(x, b, t, h)
+    if n == W and is_plain(REAL, x[1], x[5], width):
+        return source, x[3]
+    load_tokens(REAL, x[1], source, x[3], x[5], n, width, staged)
+    return staged, padded(REAL, width) * itemsize(REAL)
+
+
+@njit()
+def _load_16(REAL, x, b, t, n, hv, default, target):
+    """N numbers of ``x[b, t:, hv]`` and zeros, or `default` where x is not given."""
+    for i in range(W):
+        value = REAL(0)
+        if i < n:
+            value = REAL(default)
+            if x[0]:
+                value = get(REAL, x[1], at(x, b, t + i, hv))
+        save(REAL, target + i * itemsize(REAL), value)
+
+
+@njit()
+def load_beta(REAL, desc, b, t, n, hv, target):
+    _load_16(REAL, array_at(desc, BETA), b, t, n, hv, 1.0, target)
+    if desc[SIGMOID_BETA]:
+        sigmoid_row(REAL, target, REAL(real(desc, BETA_FACTOR)), target)
+        _clear_after(REAL, n, target)
+
+
+@njit()
+def _clear_after(REAL, n, target):
+    """Padding tokens have gate 0 and beta 0: they change nothing."""
+    for i in range(n, W):
+        save(REAL, target + i * itemsize(REAL), REAL(0))
+
+
+@njit()
+def _load_token_gates(REAL, desc, b, t, n, hv, m):
+    """16 log decays of a value head with one gate per token."""
+    _load_16(REAL, array_at(desc, G), b, t, n, hv, 0.0, m.log_decay)
+    if desc[RAW_GATE]:
+        load_bias(REAL, desc, hv, 1, m.bias)
+        apply_gate(REAL, desc, gate_factor(desc, hv), m.bias, m.log_decay, 1)
+        _clear_after(REAL, n, m.log_decay)
+
+
+@njit()
+def norms(REAL, desc, x, step, KP, out):
+    """Factors that normalise 16 rows, or ones."""
+    eps = real(desc, EPS)
+    if eps < 0:
+        fill_row(REAL, REAL(1), out)
+    else:
+        inverse_norms(REAL, x, step, KP, REAL(eps), out)
+
+
+@njit()
+def _pairs(REAL, KP, n, m, scale):
+    """Triangles A and P of a block whose decay differs by channel, token j after token j."""
+    size, lanes = itemsize(REAL), lanes_of(REAL)
+    row, step, register = W * size, KP * size, lanes * size
+    for j in range(n):
+        kk, qk = m.kk + j * register, m.qk + j * register
+        clear_pairs(REAL, n - j, kk, qk)
+        done, later = 0, n - 1 - j
+        while done < KP:
+            i = j * step + done * size
+            if done + MANY * lanes <= KP:
+                many_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
+                done += MANY * lanes
+            else:
+                few_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
+                done += W
+        finish_pairs(REAL, m.kk, m.qk, m.beta, scale, m.a + j * row, m.p + j * row)
+
+
+@cache
+def head_gates(PAIRS):
+    @njit()
+    def head_gates(REAL, desc, m, b, t, n, hv):
+        """Gates and triangles of a value head with one gate per token."""
+        row = W * itemsize(REAL)
+        _load_token_gates(REAL, desc, b, t, n, hv, m)
+        scale = REAL(real(desc, SCALE))
+        gate_products(REAL, m.log_decay, m.beta, scale, m.gates)
+        decay_pairs(REAL, m.kk, m.qk, m.gates, m.beta, scale, m.a, m.p)
+        if PAIRS:
+            # the words hold k and q as they are
+            multiply_row(REAL, m.gates + KEY_GATE * row, m.k_norm)
+            multiply_row(REAL, m.gates + QUERY_GATE * row, m.q_norm)
+            multiply_row(REAL, m.gates + SUFFIX * row, m.k_norm)
+        last = load(REAL, m.gates + LAST * row)
+        for c in range(0, padded(REAL, desc[K]), W):
+            fill_row(REAL, last, m.decay + c * itemsize(REAL))
+
+    return head_gates
+
+
+@cache
+def channel_gates(PAIRS):
+    @njit()
+    def channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
+        """Panels of a value head with one gate per token and channel."""
+        size, KP, g = itemsize(REAL), padded(REAL, desc[K]), array_at(desc, G)
+        row, step = W * size, KP * size
+        if desc[RAW_GATE]:
+            g_rows, g_step = m.g, step
+            load_tokens(REAL, g[1], at(g, b, t, hv), g[3], g[5], n, desc[K], m.g)
+            load_bias(REAL, desc, hv, desc[K], m.bias)
+            factor = gate_factor(desc, hv)
+            for i in range(n):
+                apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
+        else:
+            g_rows, g_step = token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
+        scale = REAL(real(desc, SCALE))
+        for i in range(0, row, size):
+            save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
+        fill_row(REAL, scale, m.gates + QUERY_GATE * row)
+        for c in range(0, KP, W):
+            i, tile = c * size, c * row
+            key_panels(
+                REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
+                m.keys + tile, m.decay + i,
+            )  # fmt: skip
+            query_panels(
+                REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile
+            )
+            suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
+        _pairs(REAL, KP, whole_tiles(REAL, n), m, scale)
+        if PAIRS:
+            pair_rows(REAL, m.keys, KP, m.key_words)
+            pair_rows(REAL, m.queries, KP, m.query_words)
+
+    return channel_gates
+
+
+@cache
+def key_head(PAIRS):
+    product = gram(PAIRS)
+
+    @njit()
+    def key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+        """What the value heads of a key head share when the gate is one per token."""
+        size, KP = itemsize(REAL), padded(REAL, desc[K])
+        k_norm, q_norm, keys, queries = m.k_norm, m.q_norm, m.keys, m.queries
+        if PAIRS:
+            # k and q are bfloat16 already: left as they are they lose nothing as words
+            k_norm = q_norm = m.ones
+            keys, queries = m.key_words, m.query_words
+            fill_row(REAL, REAL(1), m.ones)
+        for c in range(0, KP, W):
+            i, tile = c * size, c * W * size
+            pack_columns(REAL, k_rows + i, k_step, k_norm, m.keys + tile)
+            pack_columns(REAL, q_rows + i, q_step, q_norm, m.queries + tile)
+        if PAIRS:
+            pair_rows(REAL, m.keys, KP, keys)
+            pair_rows(REAL, m.queries, KP, queries)
+            pair_tokens(REAL, m.keys, KP, m.update_words)
+        for first in range(0, W, rows_of_tile(REAL)):
+            product(REAL, keys, keys, first, KP, m.kk)
+            product(REAL, keys, queries, first, KP, m.qk)
+        if PAIRS:
+            apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
+
+    return key_head

@@ -1,0 +1,74 @@
+"""Memory of a worker of the chunked kernel."""
+
+from typing import NamedTuple
+
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._simd import W
+
+
+class Scratch(NamedTuple):
+    """Addresses of a worker's buffers. The strips come first, from the start of its memory on."""
+
+    keys: int  # panels k and q; KDA: k e^G and q e^G
+    queries: int
+    key_words: int  # the panels of the three products as words
+    query_words: int
+    update_words: int
+    updates: int  # KDA: k e^(G_last - G) as rows
+    x: int  # KDA: k, q and e^g token by token
+    y: int
+    z: int
+    a: int  # -A and P of the block
+    p: int
+    kk: int  # products k.k and q.k of the block
+    qk: int
+    k: int  # staged rows of the arrays that do not serve where they lie
+    q: int
+    g: int
+    v: int
+    o: int
+    decay: int  # e^G_last, one per channel
+    bias: int  # dt_bias of the head
+    gates: int  # five rows, see gate_products
+    ones: int
+    beta: int
+    log_decay: int
+    k_norm: int
+    q_norm: int
+    end: int
+
+
+def strip_rows(KP, pairs):
+    """Rows of a strip: the state, U, e^(G_last - G) U, and the state and the last U as words."""
+    rows = KP + 2 * W
+    return rows + (KP + W) // 2 if pairs else rows
+
+
+def layout(start, size, KP, VP, rows, pairs):
+    """Carve a worker's memory: padded head sizes, `rows` rows of strips, `size` bytes a number.
+
+    Compiled into the kernel, and called as it is by the host, which wants to know the end.
+    """
+    row = W * size
+    tokens, values, channels, square = KP * row, VP * row, KP * size, W * row
+    keys = start + rows * row
+    key_words = keys + 2 * tokens
+    half = tokens // 2 if pairs else 0
+    updates = key_words + 3 * half
+    x = updates + tokens
+    a = x + 3 * tokens
+    k = a + 4 * square
+    v = k + 3 * tokens
+    decay = v + 2 * values
+    gates = decay + 2 * channels
+    beta = gates + 6 * row
+    return Scratch(
+        keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, updates, x,
+        x + tokens, x + 2 * tokens, a, a + square, a + 2 * square, a + 3 * square, k, k + tokens,
+        k + 2 * tokens, v, v + values, decay, decay + channels, gates, gates + 5 * row, beta,
+        beta + row, beta + 2 * row, beta + 3 * row, beta + 4 * row,
+    )  # fmt: skip
+
+
+# the same, for kernels
+strip_rows_of, layout_of = njit()(strip_rows), njit()(layout)
