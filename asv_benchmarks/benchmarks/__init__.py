@@ -1,0 +1,1 @@
+"""Costs of nbdelta over its history; every number is better when it is smaller."""
