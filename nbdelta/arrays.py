@@ -12,6 +12,8 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from nbdelta import dlpack
+
 
 class Array(Protocol):
     """Any array of a supported kind: NumPy, torch, CuPy, numba, or one with DLPack."""
@@ -159,7 +161,7 @@ def view(x: object, name: str) -> View:
     if type(x) is np.ndarray:  # `_numpy_view` without the call, for the sake of decode steps
         dtype = _NUMPY_DTYPES.get(x.dtype) or _name_numpy_dtype(x.dtype, name)
         readonly = not x.flags.writeable
-        return View(x, "numpy", "cpu", dtype, x.shape, x.strides, _address(x), readonly)
+        return View(x, "numpy", "cpu", dtype, x.shape, x.strides, numpy_address(x), readonly)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _torch_view(x, torch, name)
@@ -168,9 +170,13 @@ def view(x: object, name: str) -> View:
     if isinstance(x, np.ndarray):
         return _numpy_view(x, x, "numpy", name)
     if not isinstance(x, type):  # classes have the attributes too
+        if hasattr(x, "__cuda_ndarray__"):
+            return _numba_view(x, name)
         if hasattr(x, "__cuda_array_interface__"):
             return _cuda_view(x, x.__cuda_array_interface__, name)
         if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+            if x.__dlpack_device__()[0] in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+                return _cuda_dlpack_view(x, name)
             return _numpy_view(x, _from_dlpack(x, name), "dlpack", name)
     raise TypeError(
         f"{name}: expected an array (NumPy, torch, or one with DLPack), got {type(x).__name__}"
@@ -183,7 +189,7 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     Parameters
     ----------
     like : View
-        A view on the CPU. Of kind ``"dlpack"`` it yields a NumPy array.
+        Of kind ``"dlpack"`` it yields a NumPy array, or Numba's on a CUDA device.
     shape : tuple of int
         Sizes of the axes.
     dtype : str
@@ -197,11 +203,13 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     owner: Any
     if like.kind == "torch":
         torch = sys.modules["torch"]
-        owner = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+        owner = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
         strides = _contiguous(shape, ITEMSIZE[dtype])
-        return View(owner, "torch", "cpu", dtype, shape, strides, owner.data_ptr(), False)
+        return View(owner, "torch", like.device, dtype, shape, strides, owner.data_ptr(), False)
+    if like.device != "cpu":
+        return _empty_on_device(like, shape, dtype)
     owner = np.empty(shape, _numpy_dtype(dtype))
-    return View(owner, "numpy", "cpu", dtype, shape, owner.strides, _address(owner), False)
+    return View(owner, "numpy", "cpu", dtype, shape, owner.strides, numpy_address(owner), False)
 
 
 @lru_cache
@@ -241,7 +249,8 @@ def as_numpy(x: View, name: str) -> np.ndarray[Any, np.dtype[Any]]:
 
 def _numpy_view(owner: object, x: np.ndarray[Any, np.dtype[Any]], kind: str, name: str) -> View:
     dtype = _NUMPY_DTYPES.get(x.dtype) or _name_numpy_dtype(x.dtype, name)
-    return View(owner, kind, "cpu", dtype, x.shape, x.strides, _address(x), not x.flags.writeable)
+    readonly = not x.flags.writeable
+    return View(owner, kind, "cpu", dtype, x.shape, x.strides, numpy_address(x), readonly)
 
 
 def _name_numpy_dtype(dtype: np.dtype[Any], name: str) -> str:
@@ -297,11 +306,25 @@ def _in_bytes(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple([itemsize * s for s in strides])
 
 
-def _cuda_view(x: object, interface: dict[str, Any], name: str) -> View:
-    """View CuPy's, numba's and other CUDA arrays; torch tensors come by `_torch_view`."""
-    library = type(x).__module__.partition(".")[0]
-    kind = library if library in ("cupy", "numba") else "dlpack"
-    index = getattr(getattr(x, "device", None), "id", 0)
+def _numba_view(x: Any, name: str) -> View:
+    """View Numba's device arrays.
+
+    Their CUDA array interface leaves out the strides of repeated axes and knows no bfloat16, and in
+    the simulator they have none.
+    """
+    dtype = _NUMPY_DTYPES.get(x.dtype) or _name_numpy_dtype(x.dtype, name)
+    host = getattr(x, "_ary", None)  # in the simulator
+    if host is not None:
+        at, readonly = numpy_address(host), not host.flags.writeable
+        return View(x, "numba", "cuda:0", dtype, host.shape, host.strides, at, readonly)
+    context = getattr(x.gpu_data, "context", None)
+    index = 0 if context is None else context.device.id
+    address = x.device_ctypes_pointer.value or 0
+    return View(x, "numba", f"cuda:{index}", dtype, x.shape, x.strides, address, False)
+
+
+def _cuda_view(x: Any, interface: dict[str, Any], name: str) -> View:
+    """View CuPy's and other CUDA arrays; torch tensors come by `_torch_view`."""
     try:
         dtype = np.dtype(interface["typestr"])
         shape = tuple(interface["shape"])
@@ -309,8 +332,55 @@ def _cuda_view(x: object, interface: dict[str, Any], name: str) -> View:
         address, readonly = interface["data"]
     except (KeyError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: malformed __cuda_array_interface__ ({error!r})") from None
+    own = getattr(x, "dtype", None)  # the interface has no word for bfloat16
+    if isinstance(own, np.dtype) and own.itemsize == dtype.itemsize:
+        dtype = own
     known = _NUMPY_DTYPES.get(dtype) or _name_numpy_dtype(dtype, name)
-    return View(x, kind, f"cuda:{index}", known, shape, strides, address, readonly)
+    if type(x).__module__.partition(".")[0] == "cupy":
+        return View(x, "cupy", f"cuda:{x.device.id}", known, shape, strides, address, readonly)
+    return View(x, "dlpack", _device_of(address), known, shape, strides, address, readonly)
+
+
+def _device_of(address: int) -> str:
+    from nbdelta.dispatch import cuda_rejection_reason
+
+    if cuda_rejection_reason() is not None:
+        return "cuda:0"  # the call will be refused for that reason, which says more
+    from nbdelta.cuda._arrays import device_of
+
+    return f"cuda:{device_of(address)}"
+
+
+def _cuda_dlpack_view(x: Any, name: str) -> View:
+    try:
+        found = dlpack.describe(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: {type(x).__name__} does not export its memory ({error})"
+        ) from None
+    if found.dtype not in ITEMSIZE:
+        raise TypeError(f"{name}: expected an array of real numbers, got dtype {found.dtype}")
+    itemsize = ITEMSIZE[found.dtype]
+    if found.strides is None:
+        strides = _contiguous(found.shape, itemsize)
+    else:
+        strides = _in_bytes(found.strides, itemsize)
+    device = f"cuda:{found.index}"
+    return View(x, "dlpack", device, found.dtype, found.shape, strides, found.address, False)
+
+
+def _empty_on_device(like: View, shape: tuple[int, ...], dtype: str) -> View:
+    owner: Any
+    index = int(like.device.partition(":")[2])
+    if like.kind == "cupy":
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(index):
+            owner = cupy.empty(shape, _numpy_dtype(dtype))
+        strides = _contiguous(shape, ITEMSIZE[dtype])
+        return View(owner, "cupy", like.device, dtype, shape, strides, owner.data.ptr, False)
+    from nbdelta.cuda._arrays import new
+
+    return _numba_view(new(shape, _numpy_dtype(dtype), index), "out")
 
 
 def _from_dlpack(x: Any, name: str) -> np.ndarray[Any, np.dtype[Any]]:
@@ -346,4 +416,4 @@ def _pick_address() -> Any:
     return _address_by_field if right else _address_by_interface
 
 
-_address = _pick_address()
+numpy_address = _pick_address()

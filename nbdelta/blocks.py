@@ -19,7 +19,7 @@ from nbdelta.checks import (
     read_indices,
     wrong_shape,
 )
-from nbdelta.dispatch import expect_one_device
+from nbdelta.dispatch import expect_one_device, to_device
 from nbdelta.problem import check_cu_seqlens
 from nbdelta.structure import expect_dt_bias, see_dt_bias
 
@@ -32,7 +32,7 @@ def prepare_cumsum(
     scale: object,
     cu_seqlens: object,
     out: object,
-) -> tuple[View, View, int, int, bool, float, IndexArray | None]:
+) -> tuple[View, View, int, int, bool, float, IndexArray | View | None]:
     """Check a call of `nbdelta.chunk_local_cumsum` and allocate its result.
 
     Parameters
@@ -52,10 +52,7 @@ def prepare_cumsum(
     source = view(x, "x")
     target = None if out is None else view(out, "out")
     expect_one_device(("x", "out"), (source, target))
-    cu = None
-    if cu_seqlens is not None:
-        cu = _read_cu_seqlens(cu_seqlens)
-
+    cu = None if cu_seqlens is None else _read_cu_seqlens(cu_seqlens, "x", source)
     expect_float(source, "x")
     ndim = len(source.shape)
     if not -ndim <= axis < ndim:
@@ -63,8 +60,7 @@ def prepare_cumsum(
             f"axis: expected {-ndim} to {ndim - 1} for x {brackets(source.shape)}, got {axis}"
         )
     axis %= ndim
-    if cu is not None:
-        check_cu_seqlens(cu, source.shape[axis])
+    boundaries = _check_cu_seqlens(cu, source.shape[axis], source)
     if target is not None:
         expect_like(target, "out", source, "x")
         allowed = ("float32", "float64") if source.dtype == "float64" else ("float32",)
@@ -80,12 +76,12 @@ def prepare_cumsum(
             _expect_apart(target, ("x",), (source,))
     else:
         target = empty(source, source.shape, "float32")
-    return source, target, size, axis, reverse, factor, cu
+    return source, target, size, axis, reverse, factor, boundaries
 
 
 def prepare_solve_tril(
     A: object, cu_seqlens: object, out: object
-) -> tuple[View, View, IndexArray | None]:
+) -> tuple[View, View, IndexArray | View | None]:
     """Check a call of `nbdelta.solve_tril` and allocate its result.
 
     Parameters
@@ -101,19 +97,16 @@ def prepare_solve_tril(
     source = view(A, "A")
     target = None if out is None else view(out, "out")
     expect_one_device(("A", "out"), (source, target))
-    cu = None
-    if cu_seqlens is not None:
-        cu = _read_cu_seqlens(cu_seqlens)
+    cu = None if cu_seqlens is None else _read_cu_seqlens(cu_seqlens, "A", source)
     expect_float(source, "A")
     if len(source.shape) != 4 or source.shape[3] not in (16, 32, 64):
         raise wrong_shape("A", "[B, T, H, BT] with BT = 16, 32 or 64", source.shape)
-    if cu is not None:
-        if source.shape[0] != 1:
-            got = brackets(source.shape)
-            raise ValueError(f"cu_seqlens: needs B = 1 (packed sequences), got A {got}")
-        check_cu_seqlens(cu, source.shape[1])
+    if cu is not None and source.shape[0] != 1:
+        got = brackets(source.shape)
+        raise ValueError(f"cu_seqlens: needs B = 1 (packed sequences), got A {got}")
+    boundaries = _check_cu_seqlens(cu, source.shape[1], source)
     target = _result(target, source, "A", "B T H BT", source.shape, ("A",), (source,))
-    return source, target, cu
+    return source, target, boundaries
 
 
 def prepare_solve_triangular(
@@ -219,11 +212,23 @@ def _expect_apart(out: View, names: tuple[str, ...], inputs: tuple[View, ...]) -
     expect_apart(("out", *names), arrays, [x.extent() for x in arrays], 0)
 
 
-def _read_cu_seqlens(x: object) -> IndexArray:
+def _read_cu_seqlens(x: object, name: str, source: View) -> IndexArray | View:
+    """Return the contents, or the view where only the device sees them."""
     seen = index_view(x, "cu_seqlens")
+    expect_one_device((name, "cu_seqlens"), (source, seen), host_too=("cu_seqlens",))
     if len(seen.shape) != 1 or seen.shape[0] < 1:
         raise wrong_shape("cu_seqlens", "[N + 1] with N >= 0", seen.shape)
     return read_indices(seen, "cu_seqlens")
+
+
+def _check_cu_seqlens(
+    cu: IndexArray | View | None, length: int, source: View
+) -> IndexArray | View | None:
+    """Check boundaries that the host sees, and bring them to where `source` is."""
+    if cu is None or isinstance(cu, View):
+        return cu
+    check_cu_seqlens(cu, length)
+    return cu if source.device == "cpu" else to_device(cu, source)
 
 
 def _same(x: View, y: View) -> bool:

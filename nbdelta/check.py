@@ -1,5 +1,6 @@
 """``python -m nbdelta check``: every function against the float64 reference on this machine."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,10 +83,8 @@ def check(device="cpu", seed=0):
     with out.progress(console, len(jobs)) as step:
         for part, dtype in jobs:
             step(f"{part.upper() if part != 'blocks' else 'building blocks'}, {dtype}", 0)
-            made = (
-                _check_blocks(dtype, seed) if part == "blocks" else _check_rules(part, dtype, seed)
-            )
-            rows.extend(made)
+            check = _check_blocks if part == "blocks" else functools.partial(_check_rules, part)
+            rows.extend(check(dtype, seed, caller_on(device)))
             step("")
     table = out.table(
         "relative L2 error against float64, the worst head",
@@ -108,7 +107,29 @@ def check(device="cpu", seed=0):
     return 1 if missed else 0
 
 
-def _check_rules(gate, dtype, seed):
+def caller_on(device):
+    """Return ``call(name, *args, **kwargs)``, a public function of NumPy arrays on a device."""
+    if device == "cpu":
+        return lambda name, *args, **kwargs: getattr(nbdelta, name)(*args, **kwargs)
+    from nbdelta.cuda._arrays import fetch, send
+
+    def sent(x):
+        # small arrays of integers may stay: they are checked then
+        numbers = isinstance(x, np.ndarray) and x.dtype.kind not in "iu"
+        return send(x) if numbers else x
+
+    def fetched(x):
+        return x if x is None else fetch(x)
+
+    def call(name, *args, **kwargs):
+        there = {key: sent(x) for key, x in kwargs.items()}
+        result = getattr(nbdelta, name)(*map(sent, args), **there)
+        return tuple(map(fetched, result)) if isinstance(result, tuple) else fetched(result)
+
+    return call
+
+
+def _check_rules(gate, dtype, seed, call):
     rows = {}
     for cases in (_OPTIONS, _POOLED, _HARD):
         hard = cases is _HARD
@@ -129,7 +150,7 @@ def _check_rules(gate, dtype, seed):
                     kind = "gates 0 to -inf" if hard else "options"
                     rows[key] = _Row(name, gate.upper(), dtype, kind)
                 try:
-                    result = getattr(nbdelta, name)(**_own_pool(arguments))
+                    result = call(name, **_own_pool(arguments))
                 except Exception as error:  # a function that fails is a row, not the end of it
                     rows[key].add(f"{case}: {type(error).__name__}: {error}", np.inf, 1.0)
                 else:
@@ -203,7 +224,7 @@ def _arguments(case, gate, dtype, seed):
     return call
 
 
-def _check_blocks(dtype, seed):
+def _check_blocks(dtype, seed, call):
     rng = np.random.default_rng(seed)
     real = "float64" if dtype == "float64" else "float32"
     rows = []
@@ -219,27 +240,27 @@ def _check_blocks(dtype, seed):
     for reverse in (False, True):
         for axis in (1, -1):
             arguments = {"chunk_size": 48, "axis": axis, "reverse": reverse, "scale": 0.5}
-            got = nbdelta.chunk_local_cumsum(x, **arguments)
+            got = call("chunk_local_cumsum", x, **arguments)
             case = f"axis {axis}{', reverse' if reverse else ''}"
             add(
                 "chunk_local_cumsum", case, "float32", got, naive.chunk_local_cumsum(x, **arguments)
             )
     for BT in (16, 32, 64):
         A = as_dtype(rng.standard_normal((1, 130, 4, BT)) / BT, dtype)
-        got, reference = nbdelta.solve_tril(A), naive.solve_tril(A)
+        got, reference = call("solve_tril", A), naive.solve_tril(A)
         add("solve_tril", f"BT {BT}", dtype, got.swapaxes(0, 2), reference.swapaxes(0, 2))
     for n, m in ((64, 64), (33, 7), (1, 1)):
         L = as_dtype(rng.standard_normal((3, n, n)) / n + 2 * np.eye(n), dtype)
         b = as_dtype(rng.standard_normal((3, n, m)), dtype)
         for unit in (False, True):
-            got = nbdelta.solve_triangular(L, b, unit_diagonal=unit)
+            got = call("solve_triangular", L, b, unit_diagonal=unit)
             reference = naive.solve_triangular(L, b, unit_diagonal=unit)
             case = f"{n} x {n}, {m} columns{', unit diagonal' if unit else ''}"
             add("solve_triangular", case, dtype, got, reference)
     A_log, dt_bias = (rng.standard_normal(4).astype(np.float32) for _ in range(2))
     for bound in (None, -5.0):
         for raw, case in ((x[..., 0], "per head"), (x, "per channel")):
-            got = nbdelta.fused_gate(raw, A_log, dt_bias, lower_bound=bound)
+            got = call("fused_gate", raw, A_log, dt_bias, lower_bound=bound)
             reference = naive.fused_gate(raw, A_log, dt_bias, lower_bound=bound)
             add("fused_gate", case + (", bounded" if bound else ""), real, got, reference)
     return rows

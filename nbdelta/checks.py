@@ -12,6 +12,8 @@ from nbdelta.arrays import Array, View, as_numpy, view
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
 
+DEVICE_INTEGERS = ("int64", "int32")
+
 IndexLike: TypeAlias = Array | Sequence[Any]
 IndexArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Size: TypeAlias = int | str  # a letter where any size will do
@@ -90,7 +92,9 @@ def expect_apart(
 
 def expect_like(out: View, name: str, like: View, like_name: str) -> None:
     """Raise unless `out` is an array of the library of `like`."""
-    kind = "numpy" if like.kind == "dlpack" else like.kind
+    kind = like.kind
+    if kind == "dlpack":
+        kind = "numpy" if like.device == "cpu" else "numba"
     if out.kind not in (kind, like.kind):
         raise TypeError(f"{name}: expected a {kind} array (as {like_name} is), got {out.kind}")
 
@@ -163,11 +167,17 @@ def index_view(x: object, name: str) -> View:
     return seen
 
 
-def read_indices(x: View, name: str) -> IndexArray:
-    """Return a contiguous int64 copy of an array of integers.
+def read_indices(x: View, name: str) -> IndexArray | View:
+    """Return a contiguous int64 copy of an array of integers; a view that is on a device itself.
 
-    A copy, because kernels trust what was checked, and the caller's memory may change.
+    A copy, because kernels trust what was checked, and the caller's memory may change. What is on
+    a device is not read by the host, and its kernels trust nothing.
     """
+    if x.device != "cpu":
+        if x.dtype not in DEVICE_INTEGERS:
+            expected = " or ".join(DEVICE_INTEGERS)
+            raise TypeError(f"{name}: expected {expected} on {x.device}, got {x.dtype}")
+        return x
     array = as_numpy(x, name)
     if x.dtype == "uint64" and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: {array.max()} is out of range")

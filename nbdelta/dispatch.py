@@ -1,17 +1,21 @@
 """Which device, which algorithm, and the sentence why not."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
+import importlib
+import importlib.util
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from nbdelta.arrays import View
+from nbdelta.checks import IndexArray
 
 if TYPE_CHECKING:
     from nbdelta.problem import Problem
 
 
-def expect_one_device(names: Sequence[str], arrays: Sequence[View | None]) -> None:
+def expect_one_device(
+    names: Sequence[str], arrays: Sequence[View | None], host_too: Collection[str] = ()
+) -> None:
     """Raise unless all arrays live on one device, and that one can be served.
 
     Parameters
@@ -20,6 +24,8 @@ def expect_one_device(names: Sequence[str], arrays: Sequence[View | None]) -> No
         The arguments' names.
     arrays : sequence of View or None
         The arguments; the first one is there.
+    host_too : collection of str
+        The arguments that may be on the CPU whatever the device is.
 
     Raises
     ------
@@ -30,8 +36,8 @@ def expect_one_device(names: Sequence[str], arrays: Sequence[View | None]) -> No
     """
     assert arrays[0] is not None
     device = arrays[0].device
-    for x in arrays:
-        if x is not None and x.device != device:
+    for name, x in zip(names, arrays, strict=True):
+        if x is not None and x.device != device and not (name in host_too and x.device == "cpu"):
             where = [f"{n} on {a.device}" for n, a in zip(names, arrays, strict=True) if a]
             raise ValueError(
                 f"all arrays must be on one device, got {', '.join(where)}; nothing is copied "
@@ -48,13 +54,43 @@ def rejection_reason(device: str) -> str | None:
     if device == "cpu":
         return None
     if device.startswith("cuda"):
-        return cuda_rejection_reason()
+        return cuda_rejection_reason() or _device_rejection_reason(device)
     return f"nbdelta has no kernels for {device}; move the arrays to the CPU"
 
 
 def cuda_rejection_reason() -> str | None:
     """Return why CUDA arrays cannot be served, or ``None`` when they can."""
-    return "nbdelta has no CUDA kernels in this version; move the arrays to the CPU"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return (
+            "nbdelta needs numba-cuda for CUDA arrays: pip install 'nbdelta[cu13]', or "
+            "'nbdelta[cu12]' for a driver of CUDA 12 (nvidia-smi names its version)"
+        )
+    from nbdelta.cuda import _jit
+
+    reason: str | None = _jit.driver_rejection_reason()
+    return reason
+
+
+@lru_cache
+def _device_rejection_reason(device: str) -> str | None:
+    from nbdelta.cuda import _jit
+
+    reason: str | None = _jit.device_rejection_reason(int(device.partition(":")[2] or 0))
+    return reason
+
+
+def to_device(array: IndexArray, like: View) -> View:
+    """Bring a small array of integers that was checked on the host to the device of a view."""
+    from nbdelta.cuda._arrays import upload
+
+    brought: View = upload(array, like)
+    return brought
+
+
+@lru_cache
+def stage(name: str, device: str) -> Any:
+    """Return the module with the host functions of a stage: the rooms are twins."""
+    return importlib.import_module(f"nbdelta.{device.partition(':')[0]}.{name}")
 
 
 def run(problem: "Problem", algorithm: str) -> None:
@@ -85,17 +121,15 @@ def _lengths(problem: "Problem") -> tuple[bool, bool]:
     """Whether there are sequences of at most one token, and whether there are longer ones."""
     if problem.cu_seqlens is None:
         return problem.T <= 1, problem.T > 1
-    long = np.diff(problem.cu_seqlens) > 1
+    if problem.lengths is None:  # known to the device alone
+        return True, True
+    long = problem.lengths > 1
     return not long.all(), bool(long.any())
 
 
 def _recurrent(problem: "Problem", max_length: int | None = None) -> None:
-    from nbdelta.cpu import recurrent
-
-    recurrent.fused_recurrent_gated_delta_rule(problem, max_length)
+    stage("recurrent", problem.device).fused_recurrent_gated_delta_rule(problem, max_length)
 
 
 def _chunk(problem: "Problem", min_length: int = 0) -> None:
-    from nbdelta.cpu import chunk
-
-    chunk.chunk_gated_delta_rule(problem, min_length)
+    stage("chunk", problem.device).chunk_gated_delta_rule(problem, min_length)

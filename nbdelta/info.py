@@ -8,7 +8,9 @@ from pathlib import Path
 
 from nbdelta import console as out
 
-_PACKAGES = ("numba", "llvmlite", "numpy", "ml_dtypes", "torch", "transformers", "rich")
+_PACKAGES = (
+    *("numba", "llvmlite", "numba-cuda", "numpy", "ml_dtypes", "torch", "transformers", "rich"),
+)
 _FEATURES = (
     *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx512fp16", "amx-bf16"),
     *("avx2", "fma", "f16c", "neon", "fullfp16", "bf16", "sve"),
@@ -125,7 +127,11 @@ def _cache():
 def _cuda():
     from nbdelta.dispatch import cuda_rejection_reason
 
+    reason = cuda_rejection_reason()
+    if reason is None:
+        from nbdelta.cuda._jit import devices
+
+        return "; ".join(devices())
     driver = ctypes.util.find_library("cuda") or ctypes.util.find_library("nvcuda")
     found = f"driver library {driver}" if driver else "no driver library on this machine"
-    reason = cuda_rejection_reason()
-    return f"{found}; {reason or 'kernels ready'}"
+    return f"{found}; {reason}"

@@ -8,6 +8,8 @@ and run every time. Nothing is allocated or written before all have passed.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from nbdelta.arrays import View, empty, view
 from nbdelta.checks import (
     IndexArray,
@@ -20,7 +22,7 @@ from nbdelta.checks import (
     read_indices,
     wrong_shape,
 )
-from nbdelta.dispatch import expect_one_device
+from nbdelta.dispatch import expect_one_device, to_device
 from nbdelta.structure import Arrays, Options, Structure, see_dt_bias, structure_of
 
 HEAD_ORDERS = ("interleaved", "tiled")
@@ -48,9 +50,10 @@ class Problem:
     initial_state: View | None  # [N or slots, HV, K, V]
     final_state: View | None  # [N or slots, HV, K, V]
     checkpoints: View | None  # [n, HV, K, V]
-    cu_seqlens: IndexArray | None  # [N + 1]
-    state_indices: IndexArray | None  # [N, S]
-    num_accepted_tokens: IndexArray | None  # [N]
+    cu_seqlens: IndexArray | View | None  # [N + 1]; in a call on a device these are views of it
+    state_indices: IndexArray | View | None  # [N, S]
+    num_accepted_tokens: IndexArray | View | None  # [N]
+    lengths: IndexArray | None  # [N], of packed sequences if the host knows them
     checkpoint_interval: int
     B: int
     T: int
@@ -178,7 +181,7 @@ def prepare(
         if num_accepted_tokens is None
         else index_view(num_accepted_tokens, "num_accepted_tokens"),
     )
-    expect_one_device(Arrays._fields, arrays)
+    expect_one_device(Arrays._fields, arrays, host_too=_INDICES)
     structure = structure_of(arrays, options)
     indices = _check_values(arrays, options.checkpoint_interval, structure)
     return _allocate(arrays, options, structure, indices, factor)
@@ -187,9 +190,10 @@ def prepare(
 class _Indices(NamedTuple):
     """What the index arrays hold."""
 
-    cu_seqlens: IndexArray | None
-    state_indices: IndexArray | None
-    num_accepted_tokens: IndexArray | None
+    cu_seqlens: IndexArray | View | None
+    state_indices: IndexArray | View | None
+    num_accepted_tokens: IndexArray | View | None
+    lengths: IndexArray | None
     n_checkpoints: int
 
 
@@ -199,34 +203,53 @@ def _check_values(arrays: Arrays, interval: int, structure: Structure) -> _Indic
         expect_apart(Arrays._fields, arrays, structure.extents, _OUT)
     if structure.in_place:
         expect_apart(Arrays._fields, arrays, structure.extents, _INITIAL_STATE)
-    cu = slots = accepted = None
+    cu = slots = accepted = lengths = None
     longest = structure.T
     n_checkpoints = structure.N * (structure.T // interval) if interval else 0
     if arrays.cu_seqlens is not None:
         cu = read_indices(arrays.cu_seqlens, "cu_seqlens")
-        lengths = check_cu_seqlens(cu, structure.T)
-        longest = int(lengths.max(initial=0))
-        if interval:
-            n_checkpoints = int((lengths // interval).sum())
+        if isinstance(cu, View):
+            longest = 0  # nobody knows: the kernels drop what finds no slot
+            if interval:
+                raise ValueError(
+                    f"checkpoint_interval: needs cu_seqlens on the host, got it on {cu.device}; "
+                    "how many checkpoints there are depends on it"
+                )
+        else:
+            lengths = check_cu_seqlens(cu, structure.T)
+            longest = int(lengths.max(initial=0))
+            if interval:
+                n_checkpoints = int((lengths // interval).sum())
     if arrays.state_indices is not None:
         assert arrays.initial_state is not None  # the structure was checked
         slots = read_indices(arrays.state_indices, "state_indices")
-        if slots.ndim == 1:
-            slots = slots[:, None]
+        if len(slots.shape) == 1:
+            slots = _as_column(slots)
         elif slots.shape[1] < max(longest, 1):
             expected = f"[N, S] with S >= {max(longest, 1)} (tokens of the longest sequence)"
             raise wrong_shape("state_indices", expected, slots.shape)
-        _check_slots(slots, arrays.initial_state.shape[0])
+        if not isinstance(slots, View):
+            _check_slots(slots, arrays.initial_state.shape[0])
     if arrays.num_accepted_tokens is not None:
         assert slots is not None
         accepted = read_indices(arrays.num_accepted_tokens, "num_accepted_tokens")
-        for n in accepted.tolist():
-            if not 1 <= n <= slots.shape[1]:
-                expected = f"1 to S = {slots.shape[1]}"
-                raise ValueError(f"num_accepted_tokens: expected {expected}, got {n}")
-    return _Indices(cu, slots, accepted, n_checkpoints)
+        if not isinstance(accepted, View):
+            _check_accepted(accepted, slots.shape[1])
+    if arrays.q.device != "cpu":
+        cu, slots, accepted = (
+            to_device(x, arrays.q) if isinstance(x, np.ndarray) else x
+            for x in (cu, slots, accepted)
+        )
+    return _Indices(cu, slots, accepted, lengths, n_checkpoints)
 
 
+def _as_column(slots: IndexArray | View) -> IndexArray | View:
+    if isinstance(slots, View):
+        return slots.seen_as((*slots.shape, 1), (*slots.strides, 0))
+    return slots[:, None]
+
+
+_INDICES = ("cu_seqlens", "state_indices", "num_accepted_tokens")
 _OUT = Arrays._fields.index("out")
 _INITIAL_STATE = Arrays._fields.index("initial_state")
 
@@ -259,6 +282,12 @@ def _check_slots(slots: IndexArray, n_slots: int) -> None:
         if slot in seen:
             raise ValueError(f"state_indices: slot {slot} comes twice")
         seen.add(slot)
+
+
+def _check_accepted(accepted: IndexArray, S: int) -> None:
+    for n in accepted.tolist():
+        if not 1 <= n <= S:
+            raise ValueError(f"num_accepted_tokens: expected 1 to S = {S}, got {n}")
 
 
 def _allocate(
@@ -299,6 +328,7 @@ def _allocate(
         cu_seqlens=indices.cu_seqlens,
         state_indices=indices.state_indices,
         num_accepted_tokens=indices.num_accepted_tokens,
+        lengths=indices.lengths,
         checkpoint_interval=options.checkpoint_interval,
         B=B,
         T=T,

@@ -1,11 +1,11 @@
 import ctypes
 
+import devices
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from nbdelta import arrays
-from nbdelta.cpu import _team
+# nothing here imports numba before `pytest_configure` has set the device up
 
 settings.register_profile(
     "default",
@@ -19,12 +19,60 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# parameters of one test that run on a device that is not really there
+FEW = 10
 
-# "cuda" joins here when its kernels do; tests take arrays to the device by `device`
-@pytest.fixture(params=["cpu"])
-def device(request):
-    """Name of the device that a test runs on."""
-    return request.param
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=devices.NAMES,
+        default="cpu",
+        help="where the kernels run: cpu; gpu; sim, Numba's CUDA simulator; emu, the PTX emulator. "
+        "All but cpu run the tests that have a device, and no other ones; sim and emu run a few of "
+        "each test's parameters, at small sizes.",
+    )
+    parser.addoption(
+        "--all-parameters", action="store_true", help="with --device sim or emu: all parameters"
+    )
+
+
+def pytest_configure(config):
+    config.unusable_device = devices.prepare(config.getoption("device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    name = config.getoption("device")
+    if name == "cpu":
+        return
+    chosen = [item for item in items if "device" in item.fixturenames]
+    if name != "gpu" and not config.getoption("all_parameters"):
+        chosen = list(few_of_each(chosen))
+    for item in chosen:
+        item.add_marker(pytest.mark.gpu)
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+def few_of_each(items):
+    """Keep `FEW` of the parameters of every test, spread over all of them."""
+    groups = {}
+    for item in items:
+        groups.setdefault((item.path, item.originalname), []).append(item)
+    for group in groups.values():
+        yield from group[:: -(-len(group) // FEW)]
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """Name of the device that a test runs on; the public functions work there."""
+    name = request.config.getoption("device")
+    if request.config.unusable_device:
+        pytest.skip(request.config.unusable_device)
+    if name != "cpu":
+        devices.serve(name, monkeypatch)
+    return name
 
 
 class _NanFilling:
@@ -43,12 +91,17 @@ class _NanFilling:
 @pytest.fixture(autouse=True)
 def nan_filled_outputs(monkeypatch):
     """Fill every output with NaN before the kernels see it: what they leave out is then seen."""
+    from nbdelta import arrays, repeat
+
     monkeypatch.setattr(arrays, "np", _NanFilling())
+    monkeypatch.setattr(repeat, "np", _NanFilling())
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_scratch(monkeypatch):
     """Fill the kernels' scratch memory with NaN, too: what an earlier call left must not matter."""
+    from nbdelta.cpu import _team
+
     scratch = _team._scratch
 
     def nan_filled(size):

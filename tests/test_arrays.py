@@ -1,5 +1,7 @@
 """Kinds of array in and out."""
 
+import importlib.util
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -244,9 +246,10 @@ def test_devices_are_not_mixed():
         nbdelta.fused_gate(host, CudaArray((16,)))
 
 
-def test_cuda_is_refused_with_the_reason():
+def test_cuda_without_numba_cuda_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     q, k, v = (CudaArray((1, 3, 2, 4)) for _ in range(3))
-    with pytest.raises(RuntimeError, match=r"^q: is on cuda:0: nbdelta has no CUDA kernels"):
+    with pytest.raises(RuntimeError, match=r"^q: is on cuda:0: .*pip install 'nbdelta\[cu13\]'"):
         nbdelta.gated_delta_rule(q, k, v, None, None)
     square = CudaArray((1, 16, 16, 16))
     for call in (

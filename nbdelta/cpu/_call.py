@@ -4,11 +4,12 @@ Every array is eight numbers (address, dtype code, byte strides), so one compila
 layouts, read-only inputs included, and starting a kernel costs one argument.
 """
 
+import numba
 import numpy as np
 
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import DTYPES
-from nbdelta.cpu._simd import read_array, read_float, read_int64
+from nbdelta.cpu._simd import claim, read_array, read_float, read_int64
 
 # arrays, eight numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 88, 8)
@@ -21,11 +22,13 @@ B, T, H, HV, K, V, N, SLOTS, INTERVAL = range(92, 101)
 SCALE, EPS, BOUND, RAW_GATE, SIGMOID_BETA, BETA_FACTOR, TILED = range(101, 108)
 # sequences outside of these lengths are left to another kernel
 MIN_LENGTH, MAX_LENGTH = 108, 109
-# work: number of items, parts of a head, scratch (address, bytes a worker)
-ITEMS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 114)
-# the next free item, on a cache line of its own, since all threads write to it
+# work: address of the kernel, numbers of items and workers, parts of a head, scratch (address,
+# bytes a worker)
+KERNEL, ITEMS, WORKERS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 116)
+# items claimed, of all or of each worker's share: on cache lines of their own, since all threads
+# write to them
 NEXT = 128
-LENGTH = 144
+LENGTH = NEXT + 8 * numba.config.NUMBA_NUM_THREADS
 
 L2NORM_EPS = 1e-6
 NO_LIMIT = 2**62
@@ -110,3 +113,20 @@ def value_head(desc, key_head, j):
     if desc[TILED]:
         return key_head + j * desc[H]
     return key_head * (desc[HV] // desc[H]) + j
+
+
+@njit()
+def next_item(desc, worker):
+    """Claim an item: the next one of the worker's share, then of the others' shares; -1: none.
+
+    A share is a run of items, so that a worker goes through memory from front to back.
+    """
+    items, workers = desc[ITEMS], desc[WORKERS]
+    for i in range(workers):
+        share = (worker + i) % workers
+        first, end = items * share // workers, items * (share + 1) // workers
+        if desc[NEXT + 8 * share] < end - first:
+            item = first + claim(desc, NEXT + 8 * share)
+            if item < end:
+                return item
+    return -1

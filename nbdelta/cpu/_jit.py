@@ -1,14 +1,20 @@
 """The only place that calls ``numba.njit``: every option of the CPU kernels is here."""
 
+import contextlib
+import ctypes
 import hashlib
+import pickle
 import warnings
 from functools import partial
 from pathlib import Path
 
 import numba
-from numba.core.caching import FunctionCache
+from numba import types
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
+from numba.core.serialize import dumps
 from numba.core.typed_passes import NativeLowering
 
 # Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
@@ -19,8 +25,9 @@ SOURCES = int.from_bytes(
     ).digest()[:7]
 )
 
-# one per kernel: a descriptor of the call (see _call.py) and the number of the worker
-SIGNATURE = "void(int64[::1], int64)"
+# of every kernel: a descriptor of the call (see _call.py) and the number of the worker
+SIGNATURE = types.void(types.CPointer(types.int64), types.int64)
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
 _OPTIONS = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
@@ -73,19 +80,64 @@ def parallel(function):
     return numba.njit(parallel=True, **_OPTIONS)(function)
 
 
+class _Entry(CompileResultCacheImpl):
+    """What the cache keeps of a kernel: its code, its key, and a digest of both."""
+
+    key = None
+
+    def _digest(self, code):
+        return hashlib.sha256(repr(self.key).encode() + code).digest()
+
+    def reduce(self, result):
+        code = dumps(super().reduce(result))
+        return self._digest(code), code
+
+    def rebuild(self, target_context, entry):
+        digest, code = entry
+        # Two processes that begin at once may give two kernels the same file
+        if digest != self._digest(code):
+            raise ValueError("not this kernel, or damaged")
+        return super().rebuild(target_context, pickle.loads(code))
+
+
 class _Cache(FunctionCache):
-    """Numba's disk cache under a key of our own.
+    """Numba's disk cache under a key of our own, and one that nothing on the disk can stop.
 
     Numba's key would be what a kernel's closure holds, where the same helper is another object in
     every process.
     """
+
+    _impl_class = _Entry
 
     def __init__(self, function, key):
         super().__init__(function)
         self._key = key
 
     def _index_key(self, sig, codegen):
-        return sig, codegen.magic_tuple(), (SOURCES, *self._key)
+        self._impl.key = sig, codegen.magic_tuple(), (SOURCES, *self._key)
+        return self._impl.key
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling something else may raise
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn_of_cache(error)
+
+
+def _warn_of_cache(error):
+    warnings.warn(
+        f"nbdelta compiles its kernels anew in every process, the cache cannot be used: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def kernel(*key):
@@ -96,28 +148,24 @@ def kernel(*key):
     *key
         What this specialisation differs in from others of the same function, as strings, numbers
         and types.
+
+    Returns
+    -------
+    function
+        Decorator. What it makes is called from Python, without holding its lock, with the address
+        of a descriptor; compiled code may call its ``address``.
     """
 
     def compile_kernel(function):
+        types_of_it = SIGNATURE.args, SIGNATURE.return_type
+        compiled = CFunc(function, types_of_it, {}, {"error_model": "numpy"})
         try:
-            dispatcher = numba.njit(**_OPTIONS)(function)
-            dispatcher._cache = _Cache(function, [getattr(k, "__name__", k) for k in key])
-            dispatcher.compile(SIGNATURE)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
-                raise
-            warnings.warn(
-                "nbdelta compiles its kernels anew in this process, the cache cannot be used: "
-                f"{error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            dispatcher = numba.njit(**_OPTIONS)(function)
-            dispatcher.compile(SIGNATURE)
-        dispatcher.disable_compile()
-        return dispatcher
+            compiled._cache = _Cache(function, [getattr(k, "__name__", k) for k in key])
+        except (OSError, RuntimeError) as error:  # Numba finds no folder that can be written to
+            _warn_of_cache(error)
+        compiled.compile()
+        entry = _ENTRY(compiled.address)
+        entry.address, entry.compiled = compiled.address, compiled
+        return entry
 
-    if len(key) == 1 and callable(key[0]) and not isinstance(key[0], type):
-        function, key = key[0], ()
-        return numba.njit(SIGNATURE, cache=True, **_OPTIONS)(function)
     return compile_kernel

@@ -9,44 +9,42 @@ of compilations.
 import numpy as np
 
 from nbdelta.cpu._jit import njit
-from nbdelta.cpu._simd import REAL, W, itemsize, tile
+from nbdelta.cpu._simd import INT, REAL, W, constant_of, itemsize, tile
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 
 
-def size_of(code):
+SIZES = (4, 8, 2, 2)
+
+
+@tile
+def get(e, code, address) -> REAL:
+    """Return the number of dtype `code` at an address."""
+    return e.choose(code, lambda i: e.load_as(DTYPES[i], address, 1), len(DTYPES))
+
+
+@tile
+def put(e, code, address, value):
+    """Round to dtype `code` and write."""
+    e.choose(code, lambda i: e.store_as(DTYPES[i], value, address, 1), len(DTYPES))
+
+
+@tile
+def _get_16(e, code, source, target):
+    e.choose(code, lambda i: e.store(e.load_as(DTYPES[i], source, W), target), len(DTYPES))
+
+
+@tile
+def _put_16(e, code, source, target):
+    row = e.load(source)
+    e.choose(code, lambda i: e.store_as(DTYPES[i], row, target, W), len(DTYPES))
+
+
+@tile
+def element_size(e, code) -> INT:
     """Bytes of a number of a dtype code."""
-    return 8 if code == FLOAT64 else 4 if code == FLOAT32 else 2
-
-
-element_size = njit()(size_of)
-
-
-def _dtype_tiles(dtype):
-    @tile
-    def get(e, address) -> REAL:
-        return e.load_as(dtype, address, 1)
-
-    @tile
-    def put(e, address, value):
-        e.store_as(dtype, value, address, 1)
-
-    @tile
-    def get_row(e, source, target):
-        e.store(e.load_as(dtype, source, W), target)
-
-    @tile
-    def put_row(e, source, target):
-        e.store_as(dtype, e.load(source), target, W)
-
-    return get, put, get_row, put_row
-
-
-_get_f32, _put_f32, _get_row_f32, _put_row_f32 = _dtype_tiles("float32")
-_get_f64, _put_f64, _get_row_f64, _put_row_f64 = _dtype_tiles("float64")
-_get_f16, _put_f16, _get_row_f16, _put_row_f16 = _dtype_tiles("float16")
-_get_bf16, _put_bf16, _get_row_bf16, _put_row_bf16 = _dtype_tiles("bfloat16")
+    return e.choose(code, lambda i: e.integer(SIZES[i]), len(DTYPES))
 
 
 @tile
@@ -98,53 +96,11 @@ def transpose_tile(e, x, step):
             store(below, i, j)
 
 
-@njit()
-def get(REAL, code, address):
-    """Return the number of dtype `code` at an address."""
-    if code == FLOAT32:
-        return _get_f32(REAL, address)
-    if code == BFLOAT16:
-        return _get_bf16(REAL, address)
-    if code == FLOAT64:
-        return _get_f64(REAL, address)
-    return _get_f16(REAL, address)
-
-
-@njit()
-def put(REAL, code, address, value):
-    """Round to dtype `code` and write."""
-    if code == FLOAT32:
-        _put_f32(REAL, address, value)
-    elif code == BFLOAT16:
-        _put_bf16(REAL, address, value)
-    elif code == FLOAT64:
-        _put_f64(REAL, address, value)
-    else:
-        _put_f16(REAL, address, value)
-
-
-@njit()
-def _get_16(REAL, code, source, target):
-    if code == FLOAT32:
-        _get_row_f32(REAL, source, target)
-    elif code == BFLOAT16:
-        _get_row_bf16(REAL, source, target)
-    elif code == FLOAT64:
-        _get_row_f64(REAL, source, target)
-    else:
-        _get_row_f16(REAL, source, target)
-
-
-@njit()
-def _put_16(REAL, code, source, target):
-    if code == FLOAT32:
-        _put_row_f32(REAL, source, target)
-    elif code == BFLOAT16:
-        _put_row_bf16(REAL, source, target)
-    elif code == FLOAT64:
-        _put_row_f64(REAL, source, target)
-    else:
-        _put_row_f16(REAL, source, target)
+@tile
+def _gather_16(e, source, step, target):
+    """16 numbers of the compute dtype, `step` bytes apart."""
+    for i in range(W):
+        e.store(e.scalar(source + step * i), target, i * e.size)
 
 
 @njit()
@@ -152,9 +108,13 @@ def load_row(REAL, code, source, step, n, target):
     """Bring n numbers of a dtype, `step` bytes apart, into a row padded with zeros."""
     SIZE = itemsize(REAL)
     done = 0
-    if step == element_size(code):
+    if step == element_size(REAL, code):
         while done + W <= n:
             _get_16(REAL, code, source + done * step, target + done * SIZE)
+            done += W
+    elif code == own_code(REAL):
+        while done + W <= n:
+            _gather_16(REAL, source + done * step, step, target + done * SIZE)
             done += W
     for i in range(done, n):
         save(REAL, target + i * SIZE, get(REAL, code, source + i * step))
@@ -167,7 +127,7 @@ def store_row(REAL, code, source, n, target, step):
     """Write a row's n numbers as dtype `code`, `step` bytes apart."""
     SIZE = itemsize(REAL)
     done = 0
-    if step == element_size(code):
+    if step == element_size(REAL, code):
         while done + W <= n:
             _put_16(REAL, code, source + done * SIZE, target + done * step)
             done += W
@@ -175,12 +135,15 @@ def store_row(REAL, code, source, n, target, step):
         put(REAL, code, target + i * step, load(REAL, source + i * SIZE))
 
 
-@njit()
-def zero_rows(REAL, target, n):
+@tile
+def zero_rows(e, target, n):
     """Write n rows of 16 zeros, one behind the other."""
-    SIZE = itemsize(REAL)
-    for i in range(n):
-        fill_row(REAL, REAL(0), target + i * W * SIZE)
+
+    def body(offset, carried):
+        e.store(e.splat(0.0), target + offset)
+        return carried
+
+    e.loop(n * e.row, [], body, e.row, maybe_empty=True)
 
 
 @njit()
@@ -188,7 +151,7 @@ def load_tokens(REAL, code, source, token_step, step, n, width, target):
     """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
     SIZE = itemsize(REAL)
     row = (width + W - 1) // W * W * SIZE
-    if n == W and width % W == 0 and token_step == element_size(code) and step != token_step:
+    if n == W and width % W == 0 and token_step == element_size(REAL, code) and step != token_step:
         # tokens lie side by side, as after the short convolution of a model: 16 x 16 at a time
         for c in range(0, width, W):
             for i in range(W):
@@ -224,9 +187,7 @@ def store_columns(REAL, code, source, source_step, K, n, target, row_step, step)
             store_row(REAL, code, source + i * source_step, n, target + i * row_step, step)
 
 
-@njit()
-def own_code(REAL):
-    return FLOAT64 if itemsize(REAL) == 8 else FLOAT32
+own_code = constant_of(lambda size: FLOAT64 if size == 8 else FLOAT32)
 
 
 @njit()

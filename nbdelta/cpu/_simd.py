@@ -147,6 +147,12 @@ class Emitter:
         self.lanes = native_lanes(self.size)
         self.mr = tile_rows(self.size)
 
+    def argument(self, kind, value):
+        """Return an argument of a tile as its function takes it."""
+        if isinstance(kind, types.NumberClass):
+            return "bfloat16" if kind.dtype == types.uint16 else kind.dtype.name
+        return Value(self, value)
+
     # ---- constants ----
 
     def like(self, value, x):
@@ -192,8 +198,12 @@ class Emitter:
     def bcast(self, address, offset=0, lanes=W):
         return self.splat(self.scalar(address, offset), lanes)
 
-    def store(self, value, address, offset=0):
-        self.b.store(value.ir, self._pointer(address, offset, value.ir.type)).align = 1
+    def store(self, value, address, offset=0, streaming=False):
+        """Write, `streaming` to a multiple of 64 bytes past the caches."""
+        store = self.b.store(value.ir, self._pointer(address, offset, value.ir.type))
+        store.align = 64 if streaming else 1
+        if streaming:
+            store.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
 
     def prefetch(self, address, write=False):
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
@@ -278,6 +288,30 @@ class Emitter:
 
     # ---- pairs of bfloat16 in the halves of 32-bit words ----
 
+    def load_pairs(self, address):
+        """16 numbers of bfloat16 as 8 with even and 8 with odd index: one instruction for each."""
+        words = self._load(address, 0, _shape(I32, 8))
+        halves = self._low_half(words, 8), self._high_half(words, 8)
+        return [Value(self, self.b.bitcast(x, _shape(F32, 8))) for x in halves]
+
+    def store_pairs(self, values, address):
+        """Round 8 numbers with even and 8 with odd index to bfloat16 and store them.
+
+        A NaN must be one of `load_pairs` or of `plain_nan`: the bits that are cut off are zeros.
+        """
+        b = self.b
+        even, odd = (b.bitcast(x.ir, _shape(I32, 8)) for x in values)
+        kind = _shape(I16, 16)
+        kept = b.or_(b.lshr(even, _constant(I32, 8, 16)), self._high_half(odd, 8))
+        cut = b.or_(b.and_(even, _constant(I32, 8, 0xFFFF)), self._low_half(odd, 8))
+        kept, cut = b.bitcast(kept, kind), b.bitcast(cut, kind)
+        # up if what is cut off is more than a half, or a half and the kept part is odd
+        less = ir.FunctionType(kind, [kind, kind])
+        less = cgutils.get_or_insert_function(b.module, less, "llvm.usub.sat.v16i16")
+        cut = b.call(less, [cut, b.and_(b.not_(kept), _constant(I16, 16, 1))])
+        words = b.add(kept, b.lshr(cut, _constant(I16, 16, 15)))
+        b.store(words, self._pointer(address, 0, kind)).align = 1
+
     def load_words(self, address, offset=0):
         return Value(self, self._load(address, offset, ir.VectorType(I32, W)))
 
@@ -341,6 +375,11 @@ class Emitter:
         a, b = a, self.like(a, b)
         mask = self.b.fcmp_ordered(less_than, a.ir, b.ir)
         return Value(self, self.b.select(mask, self.like(a, then).ir, self.like(a, other).ir))
+
+    def plain_nan(self, x):
+        """Replace every NaN by one whose lower bits are zeros."""
+        nan = self.b.fcmp_unordered("uno", x.ir, x.ir)
+        return Value(self, self.b.select(nan, self.like(x, math.nan).ir, x.ir))
 
     def shuffle(self, a, b, indices):
         return Value(self, self.b.shuffle_vector(a.ir, b.ir, _indices(indices)))
@@ -511,6 +550,11 @@ class Emitter:
 _STORED = {"float16": HALF, "float32": F32, "float64": F64}
 
 
+def size_of(dtype):
+    """Bytes of a number in memory."""
+    return 2 if dtype == "bfloat16" else _bits(_STORED[dtype]) // 8
+
+
 def _shape(kind, lanes):
     return kind if lanes == 1 else ir.VectorType(kind, lanes)
 
@@ -558,18 +602,27 @@ def tile(function):
     """Make a kernel function ``f(REAL, *args)`` of an emitter function ``f(e, *args)``.
 
     The emitter function returns nothing, or what its annotation says, ``-> REAL`` or ``-> INT``.
+    An argument that is a NumPy type, as ``np.float16``, arrives as its name; ``np.uint16`` stands
+    for bfloat16.
     """
     names = list(inspect.signature(function).parameters)[1:]
     returns = function.__annotations__.get("return")
 
     def typing(real, args):
         real = real.dtype
-        signature = [real if isinstance(a, types.Float) else types.int64 for a in args]
+        signature = [
+            a
+            if isinstance(a, types.NumberClass)
+            else real
+            if isinstance(a, types.Float)
+            else types.int64
+            for a in args
+        ]
         result = {REAL: real, INT: types.int64}.get(returns, types.void)
 
         def codegen(context, builder, signature, values):
             e = Emitter(builder, real)
-            value = function(e, *(Value(e, v) for v in values[1:]))
+            value = function(e, *map(e.argument, signature.args[1:], values[1:]))
             return value.ir if returns else context.get_dummy_value()
 
         return result(types.NumberClass(real), *signature), codegen
@@ -589,8 +642,7 @@ def tile(function):
 
 def _entry(context, builder, signature, args):
     """Pointer to ``desc[index]``."""
-    array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.gep(array.data, [args[1]])
+    return builder.gep(args[0], [args[1]])
 
 
 @intrinsic
@@ -628,6 +680,17 @@ def read_float(typingctx, desc, index):
 
 
 @intrinsic
+def finish_stores(typingctx):
+    """Make what was written past the caches visible to other threads."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def read_int64(typingctx, address):
     """Return the int64 at an address."""
 
@@ -641,7 +704,7 @@ def constant_of(function):
     """Make a kernel function of REAL that is ``function(bytes of REAL)``, known while compiling."""
 
     def typing(typingctx, real):
-        size = 8 if real.dtype == types.float64 else 4
+        size = real.dtype.bitwidth // 8
 
         def codegen(context, builder, signature, args):
             return ir.Constant(I64, function(size))

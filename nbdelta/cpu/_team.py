@@ -1,79 +1,199 @@
-"""Runs a kernel on several threads: plain Python threads over compiled code that holds no lock.
+"""Runs a kernel on several threads: Python threads that wait for work in compiled code.
 
 Numba's own layers would abort the process on concurrent calls (workqueue) or kill a forked child
-(OpenMP). Here the items of a call are claimed one by one from a counter, the caller works too and
-never waits for a thread that has not begun, so a busy core costs no more than itself.
+(OpenMP), and handing a task to a Python thread takes as long as a decode step. Here a helper that
+has just worked watches for the next job without holding the interpreter's lock, and sleeps when
+none came for a while. The caller works too, claims items from the same counters, and waits for
+nobody who has not begun: a busy core costs no more than itself.
 """
 
+import atexit
 import os
+import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from functools import cache
 
 import numba
 import numpy as np
 from numba.np.ufunc import parallel
 
-from nbdelta.cpu._call import ITEMS, SCRATCH, SCRATCH_STEP
+from nbdelta.cpu import _atomic as atomic
+from nbdelta.cpu._call import ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
+from nbdelta.cpu._jit import kernel
+from nbdelta.cpu._simd import read_int64
+
+# words that the caller and the helpers share, on cache lines of their own
+OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
+# rounds of `pause`, about 20 ns each, that a helper waits for work; seconds between the calls of a
+# loop
+FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 5000, 100e-6
+
+# work of a thread between two looks at what Python has to say: about 0.2 s
+BATCH_FLOPS = 10**10
 
 _local = threading.local()
 _lock = threading.Lock()
-_helpers = None
+_team = None
 
 
-def _forget_helpers():
+def _forget_team():
     """Threads do not survive a fork: the child makes its own."""
-    global _helpers, _lock
-    _helpers, _lock = None, threading.Lock()
+    global _team, _lock
+    _team, _lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(after_in_child=_forget_team)
 
 
 def thread_count():
     """Threads a call may use: ``NUMBA_NUM_THREADS``, or what ``set_num_threads`` said."""
     # get_num_threads() would start Numba's thread pool, which is not used here
     if parallel._is_initialized:
-        return numba.get_num_threads()
+        return parallel._get_num_threads()
     return numba.config.NUMBA_NUM_THREADS
 
 
-def _executor():
-    global _helpers
-    if _helpers is None:
+@cache
+def _kernels():
+    @kernel()
+    def lead(words, desc):
+        """Post a job, work on it and wait for those who joined; alone if the team is at work."""
+        function = read_int64(desc + 8 * KERNEL)
+        if not atomic.replace(words, OWNED, 0, 1):
+            atomic.call(function, desc, 0)
+            return
+        atomic.put(words, JOB, desc)
+        atomic.add(words, TICKET, 1)
+        atomic.call(function, desc, 0)
+        # nothing is left to claim; a helper that saw the job before this has counted itself
+        atomic.put(words, JOB, 0)
+        while atomic.get(words, ACTIVE):
+            atomic.pause()
+        atomic.put(words, OWNED, 0)
+
+    @kernel()
+    def serve(words, worker):
+        """Join every job with room for this worker, until there was none for a while."""
+        seen, rounds = -1, 0
+        atomic.add(words, AWAKE, 1)
+        while rounds < atomic.get(words, ROUNDS) and not atomic.get(words, STOP):
+            ticket = atomic.get(words, TICKET)
+            if ticket != seen:
+                seen = ticket
+                atomic.add(words, ACTIVE, 1)
+                # read after that: no caller ends a job, or frees it, under a counted helper
+                job = atomic.get(words, JOB)
+                if job and worker < read_int64(job + 8 * WORKERS):
+                    atomic.call(read_int64(job + 8 * KERNEL), job, worker)
+                    rounds = 0
+                atomic.add(words, ACTIVE, -1)
+            rounds += 1
+            atomic.pause()
+        atomic.add(words, AWAKE, -1)
+
+    return lead, serve
+
+
+class _Team:
+    """The helpers of this process and the words they share with the callers."""
+
+    def __init__(self):
+        self.lead, self.serve = _kernels()
+        self.words = np.zeros(64, np.int64)
+        self.address = self.words.ctypes.data
+        self.alarm = queue.SimpleQueue()
+        self.helpers = []
+        self.last = 0.0
+        atexit.register(self.stop)
+
+    def run(self, desc, workers, brief):
+        """Run the kernel of the descriptor at an address."""
+        near = time.perf_counter() - self.last < NEAR
+        self.words[ROUNDS] = MANY_ROUNDS if near else FEW_ROUNDS
+        if len(self.helpers) < workers - 1:
+            self.start(workers - 1)
+        asleep = len(self.helpers) - self.words.item(AWAKE)
+        if asleep and (near or not brief):
+            for _ in range(min(asleep, workers - 1)):
+                self.alarm.put(None)
+        self.lead(self.address, desc)
+        self.last = time.perf_counter()
+
+    def start(self, count):
         with _lock:
-            if _helpers is None:
-                count = max(1, numba.config.NUMBA_NUM_THREADS - 1)
-                _helpers = ThreadPoolExecutor(count, thread_name_prefix="nbdelta")
-    return _helpers
+            while len(self.helpers) < count:
+                worker = len(self.helpers) + 1
+                helper = threading.Thread(target=self.help, args=(worker,), daemon=True)
+                self.helpers.append(helper)
+                helper.start()
+
+    def help(self, worker):
+        while not self.words[STOP]:
+            self.serve(self.address, worker)
+            self.alarm.get()
+
+    def stop(self):
+        """End the helpers while the memory that they watch is still there."""
+        self.words[STOP] = 1
+        for _ in self.helpers:
+            self.alarm.put(None)
+        for helper in self.helpers:
+            helper.join()
+
+
+def _the_team():
+    global _team
+    if _team is None:
+        with _lock:
+            if _team is None:
+                _team = _Team()
+    return _team
 
 
 def _scratch(size):
     """Memory of the calling thread, on a cache line boundary; it grows and is kept."""
-    buffer = getattr(_local, "buffer", None)
-    if buffer is None or buffer.size < size + 64:
-        buffer = _local.buffer = np.empty(size + 64, np.uint8)
-    address = buffer.ctypes.data
-    return address + -address % 64
+    kept = getattr(_local, "scratch", None)
+    if kept is None or kept[0].size < size + 64:
+        buffer = np.empty(size + 64, np.uint8)
+        address = buffer.ctypes.data
+        kept = _local.scratch = buffer, address + -address % 64
+    return kept[1]
 
 
-def run(kernel, desc, items, scratch_bytes, threads):
-    """Run `items` items of a kernel on up to `threads` threads, `scratch_bytes` of memory each."""
+def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, flops=0):
+    """Run `items` items of a kernel on up to `threads` threads, `scratch_bytes` of memory each.
+
+    Parameters
+    ----------
+    kernel : function
+        As `nbdelta.cpu._jit.kernel` makes it.
+    desc : array of int64
+        Descriptor of the call, nobody else's until the call returns.
+    items, scratch_bytes, threads : int
+        As said.
+    brief : bool
+        Whether it takes about as long as waking a thread. Helpers that sleep are then left alone,
+        unless the calls come one right after the other.
+    address : int, optional
+        Of the descriptor, where the caller knows it.
+    flops : int
+        Of one item, if they are many. The call then comes back to Python several times a second,
+        where an interrupt from the keyboard is noticed; no item is left half done.
+    """
     if items == 0:
         return
     workers = min(threads, items)
     # an odd number of lines more: workers' buffers should not meet in the same cache sets
     step = (scratch_bytes + 63) // 64 * 64 + 64
-    desc[ITEMS] = items
+    desc[KERNEL], desc[WORKERS] = kernel.address, workers
     desc[SCRATCH], desc[SCRATCH_STEP] = _scratch(workers * step), step
-    if workers == 1:
-        kernel(desc, 0)
-        return
-    others = [_executor().submit(kernel, desc, worker) for worker in range(1, workers)]
-    try:
-        kernel(desc, 0)
-    finally:
-        for other in others:
-            # one that has not begun is not needed any more
-            if not other.cancel():
-                other.result()
+    address = desc.ctypes.data if address is None else address
+    together = workers * max(1, BATCH_FLOPS // flops) if flops else items
+    for first in range(0, items, together):
+        desc[NEXT], desc[ITEMS] = first, min(items, first + together)
+        if workers == 1:
+            kernel(address, 0)
+        else:
+            _the_team().run(address, workers, brief)

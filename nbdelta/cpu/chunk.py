@@ -280,4 +280,6 @@ def chunk_gated_delta_rule(problem, min_length=0):
     pairs = DOTS_BFLOAT16 and p.q.dtype == "bfloat16" and p.precision != "highest"
     rows = p.HV // p.H * strips * strip_rows(KP, pairs)
     scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, pairs).end
-    run(_chunk_kernel(REAL, p.per_channel, pairs), desc, items * parts, scratch, threads)
+    items *= parts
+    flops = 6 * KP * VP * p.HV * p.B * p.T // max(1, items)
+    run(_chunk_kernel(REAL, p.per_channel, pairs), desc, items, scratch, threads, flops=flops)

@@ -1,24 +1,60 @@
 """Inclusive cumulative sums inside chunks, along any axis of any array.
 
-One item of work is one chunk of one line bundle: all other axes but the one with the smallest
-stride are listed as addresses by the host, so the kernel sees two axes, whatever the array has.
+The host cuts an array into blocks: some steps along the axis, of as many neighbouring lanes as
+there are along another one. Where the lanes lie side by side in memory, the kernel goes down a
+block row by row, with the totals in the cache. Where the steps lie side by side, it transposes 16
+lanes of 16 steps in registers. Either way every total is summed in the order of its steps, so that
+the layout does not change a bit.
 """
 
+import math
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from nbdelta.cpu._call import ITEMS, LENGTH, NEXT, SCALE, G, N, O, T, V, array_at, put_float, real
-from nbdelta.cpu._jit import SOURCES, kernel
-from nbdelta.cpu._memory import DTYPES, get, put
-from nbdelta.cpu._simd import W, claim, read_int64
+from nbdelta.cpu._call import (
+    ITEMS,
+    LENGTH,
+    NEXT,
+    SCALE,
+    SCRATCH,
+    SCRATCH_STEP,
+    G,
+    O,
+    array_at,
+    put_float,
+    real,
+)
+from nbdelta.cpu._cumsum_tiles import add_row, add_square, add_square_reversed, stream_rows
+from nbdelta.cpu._jit import kernel, njit
+from nbdelta.cpu._memory import (
+    DTYPES,
+    element_size,
+    load,
+    load_row,
+    load_tokens,
+    own_code,
+    save,
+    store_row,
+    transpose_tile,
+    zero_rows,
+)
+from nbdelta.cpu._simd import W, claim, finish_stores, itemsize, read_int64
 from nbdelta.cpu._team import run, thread_count
-from nbdelta.cpu._tiles import sum_columns
 
-# descriptor fields of this kernel: tables of addresses and of chunk bounds, their lengths in N and
-# T
-LINES, BOUNDS, REVERSE = 88, 89, 90
+# descriptor fields of this kernel: table of (address of x, of the result, steps, lanes) of every
+# block; lanes of a unit of work, units of a block, of all blocks, of an item; lanes of x that lie
+# side by side; whether steps do, whether to go backwards, and whether the result is large
+BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, REVERSE, STREAMING = range(88, 97)
+
+# most lanes that are added up side by side: their totals and a staged row stay in the first cache
+ROW = 2048
+# bytes of a result that does not pass through the caches, unless it is written in shorter runs
+LARGE, LONG_RUN = 1 << 23, 1 << 11
+# bytes below which starting other threads takes longer than the work
+SERIAL_BYTES = 1 << 19
 
 
 def chunk_bounds(length, chunk_size, cu_seqlens=None):
@@ -40,48 +76,225 @@ def addresses(view, axes):
     return result
 
 
+@njit()
+def _stream(REAL, source, target, n):
+    """Write n numbers past the caches, but for the parts of lines at both ends."""
+    SIZE = itemsize(REAL)
+    head = min(-target % 64 // SIZE, n)
+    lines = (n - head) // W
+    tail = head + lines * W
+    for i in range(head):
+        save(REAL, target + i * SIZE, load(REAL, source + i * SIZE))
+    if lines:
+        stream_rows(REAL, source + head * SIZE, target + head * SIZE, lines)
+    for i in range(tail, n):
+        save(REAL, target + i * SIZE, load(REAL, source + i * SIZE))
+
+
+@njit()
+def _load_pieces(REAL, desc, x, source, width, target):
+    """Bring the numbers of one step, which lie in pieces of the same length, into a row."""
+    piece = min(desc[PIECE], width)
+    for i in range(0, width, piece):
+        place = source + i // piece * x[4]
+        load_row(REAL, x[1], place, x[3], piece, target + i * itemsize(REAL))
+
+
+@njit()
+def _down_rows(REAL, desc, x, out, source, target, n, width, totals):
+    """Step by step, `width` lanes at a time."""
+    SIZE = itemsize(REAL)
+    x_step, x_lane, out_step, out_lane = x[2], x[3], out[2], out[3]
+    x_direct = x[1] == own_code(REAL) and x_lane == SIZE and width <= desc[PIECE]
+    out_direct = out[1] == own_code(REAL) and out_lane == SIZE
+    streaming = desc[STREAMING] and out_direct and width * SIZE >= LONG_RUN
+    tiles = width // W * W
+    left, rest = tiles * SIZE, width - tiles
+    staged, scale = totals + ROW * SIZE, REAL(real(desc, SCALE))
+    # of a small block the next one is fetched, of a large one the next row
+    ahead = n * x_step
+    if desc[REVERSE]:
+        source, target = source + (n - 1) * x_step, target + (n - 1) * out_step
+        x_step, out_step = -x_step, -out_step
+    if n * width > 2 * ROW:
+        ahead = x_step
+    zero_rows(REAL, totals, (width + W - 1) // W)
+    for _ in range(n):
+        row, result = source, target
+        if not x_direct:
+            _load_pieces(REAL, desc, x, source, width, staged)
+            row = staged
+        elif rest:
+            load_row(REAL, x[1], source + left, x_lane, rest, staged + left)
+        if streaming or not out_direct:
+            result = staged
+        if tiles:
+            add_row(REAL, row, ahead, totals, scale, result, tiles)
+        if rest:
+            add_row(REAL, staged + left, 0, totals + left, scale, staged + left, W)
+        if streaming:
+            _stream(REAL, staged, target, width)
+        elif not out_direct:
+            store_row(REAL, out[1], staged, width, target, out_lane)
+        elif rest:
+            store_row(REAL, out[1], staged + left, rest, target + left, out_lane)
+        source, target = source + x_step, target + out_step
+
+
+@njit()
+def _along_rows(REAL, desc, x, out, source, target, n, width, totals, lanes):
+    """16 steps of up to 16 lanes at a time; to `lanes`, one after the other, if it is given."""
+    SIZE = itemsize(REAL)
+    row = W * SIZE
+    x_step, x_lane, out_step, out_lane = x[2], x[3], out[2], out[3]
+    x_direct = x[1] == own_code(REAL) and x_step == SIZE and width == W
+    out_direct = out[1] == own_code(REAL) and out_step == SIZE and width == W
+    staged, scale = totals + row, REAL(real(desc, SCALE))
+    zero_rows(REAL, totals, 1)
+    for i in range(0, n, W):
+        t = (n - 1) // W * W - i if desc[REVERSE] else i
+        steps = min(W, n - t)
+        square, square_step = source + t * x_step, x_lane
+        if not x_direct or steps < W:
+            load_tokens(REAL, x[1], square, x_lane, x_step, width, steps, staged)
+            square, square_step = staged, row
+        place = target + t * out_step
+        result, result_step = place, out_lane
+        if lanes:
+            result = lanes + t * SIZE
+        elif not out_direct or steps < W:
+            result, result_step = staged, row
+        if desc[REVERSE]:
+            add_square_reversed(REAL, square, square_step, totals, scale, result, result_step)
+        else:
+            add_square(REAL, square, square_step, totals, scale, result, result_step)
+        if result == staged:
+            length, count, step, run = steps, width, out_lane, out_step
+            if out_lane == element_size(REAL, out[1]) and width == W:
+                transpose_tile(REAL, staged, row)
+                length, count, step, run = W, steps, out_step, out_lane
+            for s in range(count):
+                store_row(REAL, out[1], staged + s * row, length, place + s * step, run)
+
+
 @cache
 def _cumsum_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
-    OWN = DTYPES.index(np.dtype(REAL).name)
-    STAMP = SOURCES
 
-    @kernel
+    @kernel(REAL)
     def cumsum_kernel(desc, worker):
-        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         x, out = array_at(desc, G), array_at(desc, O)
-        x_step, x_inner, out_step, out_inner = x[2], x[3], out[2], out[3]
-        chunks, inner, scale = desc[T], desc[V], REAL(real(desc, SCALE))
-        plain = x[1] == OWN and out[1] == OWN and x_inner == SIZE and out_inner == SIZE
+        totals = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
+        blocks = desc[UNITS] // desc[PER_BLOCK]
         while True:
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
                 break
-            line = desc[LINES] + item // chunks * 16
-            bound = desc[BOUNDS] + item % chunks * 16
-            first, n = read_int64(bound), read_int64(bound + 8) - read_int64(bound)
-            a, b = x_step, out_step
-            if desc[REVERSE]:
-                first, a, b = first + n - 1, -x_step, -out_step
-            source = read_int64(line) + first * x_step
-            target = read_int64(line + 8) + first * out_step
-            done = 0
-            if plain:
-                while done + W <= inner:
-                    i = done * SIZE
-                    sum_columns(REAL, source + i, a, n, scale, target + i, b)
-                    done += W
-            for i in range(done, inner):
-                total = REAL(0)
-                for t in range(n):
-                    total += get(REAL, x[1], source + t * a + i * x_inner)
-                    put(REAL, out[1], target + t * b + i * out_inner, total * scale)
+            first = item * desc[PER_ITEM]
+            for unit in range(first, min(first + desc[PER_ITEM], desc[UNITS])):
+                block, lane = unit // desc[PER_BLOCK], unit % desc[PER_BLOCK] * desc[WIDTH]
+                if desc[ALONG]:
+                    block, lane = unit % blocks, unit // blocks * desc[WIDTH]
+                block = desc[BLOCKS] + block * 32
+                n, width = read_int64(block + 16), min(desc[WIDTH], read_int64(block + 24) - lane)
+                if width <= 0:
+                    continue
+                source = read_int64(block) + lane // desc[PIECE] * x[4] + lane % desc[PIECE] * x[3]
+                target = read_int64(block + 8) + lane * out[3]
+                if not desc[ALONG]:
+                    _down_rows(REAL, desc, x, out, source, target, n, width, totals)
+                    continue
+                # lanes that follow each other without gaps are collected and streamed
+                staged = 0
+                if desc[STREAMING] and width % W == 0 and n % W == 0 and n * width <= ROW:
+                    if out[1] == own_code(REAL) and out[2] == SIZE and out[3] == n * SIZE:
+                        staged = totals + ROW * SIZE
+                for i in range(0, width, W):
+                    _along_rows(
+                        REAL, desc, x, out, source + i * x[3], target + i * out[3], n,
+                        min(W, width - i), totals, staged + i * n * SIZE if staged else 0,
+                    )  # fmt: skip
+                if staged:
+                    _stream(REAL, staged, target, n * width)
+        if desc[STREAMING]:
+            finish_stores()
 
     return cumsum_kernel
 
 
+class _Axis(NamedTuple):
+    """Size and byte strides, in x and in the result."""
+
+    size: int
+    x: int
+    out: int
+
+    @property
+    def distance(self):
+        return abs(self.x) + abs(self.out)
+
+
+def _merge(axes):
+    """Make one axis of two wherever one goes on where the other ends; from far to near."""
+    merged = []
+    for axis in sorted(axes, key=lambda a: -a.distance):
+        if axis.size == 1:
+            continue
+        if merged and merged[-1][1:] == (axis.size * axis.x, axis.size * axis.out):
+            axis = axis._replace(size=merged.pop().size * axis.size)
+        merged.append(axis)
+    return merged
+
+
+def _table(places, steps, axes, lanes):
+    """Table of the blocks over all `axes`, from places along the axis of the sums."""
+    table = np.empty((len(places), 4), np.int64)
+    table[:, :2], table[:, 2], table[:, 3] = places, steps, lanes
+    for axis in axes:
+        offsets = np.arange(axis.size)[:, None] * (axis.x, axis.out, 0, 0)
+        table = (table[:, None] + offsets).reshape(-1, 4)
+    return table
+
+
+def _cut(x, out, chunk_size, axis, cu_seqlens):
+    """Cut arrays into blocks: their table; axes of the sums, the lanes, and pieces of lanes."""
+    axes = [_Axis(*a) for a in zip(x.shape, x.strides, out.strides)]
+    step = axes.pop(axis)
+    if cu_seqlens is None:
+        whole, rest = divmod(step.size, chunk_size)
+        # the chunks are one more axis, and a shorter one at the end is apart
+        chunks = _merge([*axes, _Axis(whole, chunk_size * step.x, chunk_size * step.out)])
+        parts = [(chunks, [0], chunk_size)] if whole else []
+        if rest:
+            parts.append((_merge(axes), [whole * chunk_size], rest))
+    else:
+        bounds = chunk_bounds(step.size, chunk_size, cu_seqlens)
+        parts = [(_merge(axes), bounds[:, 0], bounds[:, 1] - bounds[:, 0])]
+
+    one = _Axis(1, 0, 0)
+    common = parts[0][0]
+    lane, piece = min(common, key=lambda a: a.distance, default=one), one
+    if step.distance <= lane.distance:
+        # 16 lanes are transposed: better whole tiles of them than near ones
+        lane = max(common, key=lambda a: (min(a.size, W), -a.distance), default=one)
+    elif lane.size % W == 0 and lane.size < ROW:
+        # lanes of x in pieces with gaps between them, such as a slice of the head dimension
+        for a in set(common) & set(parts[-1][0]):
+            if a.out == lane.size * lane.out and a.distance < step.distance:
+                piece = a
+    tables = []
+    for axes, first, steps in parts:
+        places = np.array(first)[:, None] * (step.x, step.out) + (x.address, out.address)
+        others = [a for a in axes if a not in (lane, piece)]
+        lanes = (lane.size if lane in axes else 1) * piece.size
+        tables.append(_table(places, steps, others, lanes))
+    return np.concatenate(tables), step, lane, piece
+
+
 def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
     """Fill `out` with the cumulative sums of `x` along `axis`, anew in every chunk.
+
+    A thread's scratch is 16 KB, twice that in float64.
 
     Parameters
     ----------
@@ -96,20 +309,27 @@ def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
     cu_seqlens : int64 array, shape ``[N + 1]``, or None
         Boundaries along the axis at which chunks start anew.
     """
+    if 0 in x.shape:
+        return
     REAL = np.float64 if out.dtype == "float64" else np.float32
-    others = [i for i in range(len(x.shape)) if i != axis]
-    # lanes run along the axis with the smallest stride
-    inner = min(others, key=lambda i: abs(x.strides[i]), default=None)
-    outer = [i for i in others if i != inner]
-    lines = np.stack([addresses(x, outer), addresses(out, outer)], axis=1)
-    bounds = chunk_bounds(x.shape[axis], chunk_size, cu_seqlens)
+    blocks, step, lane, piece = _cut(x, out, chunk_size, axis, cu_seqlens)
+    lanes, along = lane.size * piece.size, step.distance <= lane.distance
+    size = math.prod(x.shape)
+    threads = thread_count() if size * out.itemsize >= SERIAL_BYTES else 1
+    # rows as long as can be, or lanes as many, and enough pieces of work
+    tile = W if along else lane.size if piece.size > 1 else 8 * W
+    most = ROW // min(chunk_size, ROW) if along else min(ROW, lanes * len(blocks) // (8 * threads))
+    width = max(tile, most // tile * tile)
+    per_block = -(-lanes // width)
+    units = len(blocks) * per_block
+    per_item = max(1, units // (32 * threads))
     desc = np.zeros(LENGTH, np.int64)
-    for index, view in ((G, x), (O, out)):
-        desc[index + 1] = DTYPES.index(view.dtype)
-        desc[index + 2] = view.strides[axis]
-        desc[index + 3] = 0 if inner is None else view.strides[inner]
-    desc[LINES], desc[BOUNDS] = lines.ctypes.data, bounds.ctypes.data
-    desc[N], desc[T], desc[V] = len(lines), len(bounds), 1 if inner is None else x.shape[inner]
-    desc[REVERSE] = reverse
+    desc[G + 1 : G + 5] = DTYPES.index(x.dtype), step.x, lane.x, piece.x
+    desc[O + 1 : O + 4] = DTYPES.index(out.dtype), step.out, lane.out
+    desc[BLOCKS : REVERSE + 1] = (
+        blocks.ctypes.data, width, per_block, units, per_item, lane.size, along, reverse,
+    )  # fmt: skip
+    desc[STREAMING] = size * out.itemsize >= LARGE
     put_float(desc, SCALE, scale)
-    run(_cumsum_kernel(REAL), desc, len(lines) * len(bounds), 0, thread_count())
+    scratch = 2 * ROW * np.dtype(REAL).itemsize
+    run(_cumsum_kernel(REAL), desc, -(-units // per_item), scratch, threads)

@@ -28,7 +28,7 @@ from nbdelta.cpu._call import (
     put_float,
     real,
 )
-from nbdelta.cpu._jit import SOURCES, kernel, njit
+from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import fill_row, get, load_row, real_of, store_row, zero_rows
 from nbdelta.cpu._simd import W, claim, itemsize
 from nbdelta.cpu._team import run, thread_count
@@ -74,11 +74,9 @@ def apply_gate(REAL, desc, factor, bias, x, n):
 @cache
 def _gate_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
-    STAMP = SOURCES
 
-    @kernel
+    @kernel(REAL)
     def gate_kernel(desc, worker):
-        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         x, out = array_at(desc, G), array_at(desc, O)
         n = desc[K]
         row = desc[SCRATCH] + worker * desc[SCRATCH_STEP]

@@ -6,30 +6,34 @@ Per token and value head:
     S = e^g S;   d = beta (v - S^T k);   S = S + k d^T;   o = scale S^T q
 
 One item of work is one sequence and one value head. A state in the compute dtype whose value axis
-is contiguous and a multiple of 16 long is read and written where it lies, once each; any other one
-is brought into scratch for the tokens of the call.
+is contiguous and a multiple of 16 long is read and written where it lies, once each. So is one of
+another form (see `form_of`) by a step of one token. Any other one is brought into scratch for the
+tokens of the call.
 """
 
+from array import array
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbdelta.cpu._call import (
+    A_LOG,
     ACCEPTED,
     BETA,
     BETA_FACTOR,
     CHECKPOINT_STARTS,
     CHECKPOINTS,
+    CU_SEQLENS,
+    DT_BIAS,
     EPS,
     H0,
     HT,
     HV,
     INTERVAL,
-    ITEMS,
     KEY,
     MAX_LENGTH,
     MIN_LENGTH,
-    NEXT,
     RAW_GATE,
     SCALE,
     SCRATCH,
@@ -43,16 +47,18 @@ from nbdelta.cpu._call import (
     K,
     O,
     Q,
+    T,
     V,
     array_at,
     at,
     checkpoint_starts,
     describe,
+    next_item,
     real,
     sequence,
     value_head,
 )
-from nbdelta.cpu._jit import SOURCES, kernel, njit
+from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     fill_row,
     get,
@@ -65,28 +71,33 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, itemsize, read_int64
+from nbdelta.cpu._simd import W, itemsize, read_int64
+from nbdelta.cpu._step import step, step_v_first
+from nbdelta.cpu._step_tiles import channel_gates, dot_row, head_gate, inverse_norm, scale_row
 from nbdelta.cpu._team import run, thread_count
-from nbdelta.cpu._tiles import inverse_norm, scale_row, sigmoid_row, step_16, step_32, token_rows
+from nbdelta.cpu._tiles import sigmoid_row
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
 PADDED = -1
 # state bytes below which starting other threads takes longer than the work
-SERIAL_BYTES = 1 << 20
+SERIAL_BYTES = 1 << 18
+# and those that take one thread about as long as it takes another one to wake up
+BRIEF_BYTES = 1 << 22
 
 
 def layout(base, SIZE, KP, VP):
     """Addresses of a worker's buffers from `base` on, and their end.
 
-    In this order: the state; k, q, g; e^g k, e^g q, e^g; bias; v, o; the place of a single number.
+    In this order: the state; k, q, g; e^g k, e^g q, e^g; bias; v, o; sums S^T k, S^T q; the place
+    of a single number.
     """
     k = base + KP * VP * SIZE
     q, g, gated = k + KP * SIZE, k + 2 * KP * SIZE, k + 3 * KP * SIZE
     bias = gated + 3 * KP * SIZE
     v = bias + KP * SIZE
-    o = v + VP * SIZE
-    number = o + VP * SIZE
-    return k, q, g, gated, bias, v, o, number, number + W * SIZE
+    o, sums = v + VP * SIZE, v + 2 * VP * SIZE
+    number = sums + 2 * VP * SIZE
+    return k, q, g, gated, bias, v, o, sums, number, number + W * SIZE
 
 
 _layout = njit()(layout)
@@ -115,7 +126,7 @@ def _store_state(REAL, source, source_step, K, V, x, target):
 
 
 @njit()
-def _load_vector(REAL, desc, x, b, t, h, n, eps, target):
+def _load_vector(REAL, x, b, t, h, n, eps, target):
     """K or q of a token, normalised."""
     load_row(REAL, x[1], at(x, b, t, h), x[5], n, target)
     if eps >= 0:
@@ -124,25 +135,14 @@ def _load_vector(REAL, desc, x, b, t, h, n, eps, target):
 
 
 @njit()
-def _step(REAL, source, source_step, target, target_step, k, gated, K, V, v, beta, scale, qk, o):
-    """One token for all columns of a state; source and target may be the same."""
-    SIZE = itemsize(REAL)
-    width = (K + W - 1) // W * W * SIZE
-    done = 0
-    while done < V:
-        c = done * SIZE
-        wide = V - done > W
-        done += 2 * W if wide else W
-        # the next columns, and after the last ones the first of the next head
-        ahead = 2 * W * SIZE if done < V else K * source_step - c
-        args = (
-            source + c, source_step, target + c, target_step, ahead, k, gated, K, width, v + c,
-            beta, scale, qk, o + c,
-        )  # fmt: skip
-        if wide:
-            step_32(REAL, *args)
-        else:
-            step_16(REAL, *args)
+def _load_beta(REAL, desc, b, t, hv, number):
+    betas = array_at(desc, BETA)
+    beta = get(REAL, betas[1], at(betas, b, t, hv)) if betas[0] else REAL(1)
+    if desc[SIGMOID_BETA]:
+        fill_row(REAL, beta, number)
+        sigmoid_row(REAL, number, REAL(real(desc, BETA_FACTOR)), number)
+        beta = load(REAL, number)
+    return beta
 
 
 @njit()
@@ -165,35 +165,55 @@ def _zero_output(REAL, o, b, bos, eos, hv, V, row):
         store_row(REAL, o[1], row, V, at(o, b, t, hv), o[5])
 
 
-@cache
-def _recurrent_kernel(REAL, PER_CHANNEL):
-    SIZE = np.dtype(REAL).itemsize
-    STAMP = SOURCES
+@njit()
+def _channel_gates(REAL, desc, factor, bias, b, t, hv, k, q, g_row, gated):
+    """Rows e^g k, e^g q and e^g from a gate per channel."""
+    g, n = array_at(desc, G), desc[K]
+    load_row(REAL, g[1], at(g, b, t, hv), g[5], n, g_row)
+    n = (n + W - 1) // W
+    if desc[RAW_GATE]:
+        apply_gate(REAL, desc, factor, bias, g_row, n)
+    channel_gates(REAL, k, q, g_row, n * W, gated)
 
-    @kernel
+
+@njit()
+def _head_gate(REAL, desc, factor, bias, b, t, hv, k, q, g_row, gated):
+    """Rows e^g k, e^g q and e^g from one gate for all channels."""
+    g = array_at(desc, G)
+    fill_row(REAL, get(REAL, g[1], at(g, b, t, hv)) if g[0] else REAL(0), g_row)
+    if desc[RAW_GATE]:
+        apply_gate(REAL, desc, factor, bias, g_row, 1)
+    head_gate(REAL, k, q, g_row, (desc[K] + W - 1) // W * W, gated)
+
+
+@cache
+def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
+    SIZE = np.dtype(REAL).itemsize
+    # whether a step of one token works on states that `is_plain` does not know
+    OTHER = V_FIRST or STATE is not REAL
+
+    @kernel(REAL, PER_CHANNEL, STATE, V_FIRST)
     def recurrent_kernel(desc, worker):
-        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
-        q, k, v, g = (
-            array_at(desc, Q),
-            array_at(desc, KEY),
-            array_at(desc, VALUE),
-            array_at(desc, G),
-        )
+        q, k, v = array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE)
         h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
-        checkpoints, betas = array_at(desc, CHECKPOINTS), array_at(desc, BETA)
+        checkpoints = array_at(desc, CHECKPOINTS)
         interval, speculative = desc[INTERVAL], desc[ACCEPTED] != 0
         nk, nv = desc[K], desc[V]
         KP, VP = (nk + W - 1) // W * W, (nv + W - 1) // W * W
         scale, eps = REAL(real(desc, SCALE)), real(desc, EPS)
         state = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
-        k_row, q_row, g_row, gated, bias, v_row, o_row, number, _ = _layout(state, SIZE, KP, VP)
+        k_row, q_row, g_row, gated, bias, v_row, o_row, sums, number, _ = _layout(
+            state, SIZE, KP, VP
+        )
         r = desc[HV] // desc[H]
         from_input = h0[0] != 0 and is_plain(REAL, h0[1], h0[5], nv)
         to_output = ht[0] != 0 and is_plain(REAL, ht[1], ht[5], nv)
+        # the key head whose k and q lie in scratch, for the next value head of a single token
+        loaded, qk = -1, REAL(0)
 
         while True:
-            item = claim(desc, NEXT)
-            if item >= desc[ITEMS]:
+            item = next_item(desc, worker)
+            if item < 0:
                 break
             j, hk, seq = item % r, item // r % desc[H], item // desc[HV]
             hv = value_head(desc, hk, j)
@@ -204,11 +224,12 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
             if slot == PADDED:
                 _zero_output(REAL, o, b, bos, eos, hv, nv, o_row)
                 continue
+            in_its_form = OTHER and eos - bos == 1 and not speculative and not interval
             # the state before token t is at `source`; the one after it goes to `target`
             target, target_step = state, VP * SIZE
-            if to_output and not speculative:
+            if in_its_form or (to_output and not speculative):
                 target, target_step = at(ht, slot, hv, 0), ht[4]
-            if from_input:
+            if in_its_form or from_input:
                 source, source_step = at(h0, slot, hv, 0), h0[4]
             else:
                 source, source_step = state, VP * SIZE
@@ -220,31 +241,37 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
             if desc[RAW_GATE]:
                 load_bias(REAL, desc, hv, nk if PER_CHANNEL else 1, bias)
             for t in range(bos, eos):
-                _load_vector(REAL, desc, k, b, t, hk, nk, eps, k_row)
-                _load_vector(REAL, desc, q, b, t, hk, nk, eps, q_row)
+                key_head = (b * desc[T] + t) * desc[H] + hk
+                if loaded != key_head:
+                    loaded = key_head
+                    _load_vector(REAL, k, b, t, hk, nk, eps, k_row)
+                    _load_vector(REAL, q, b, t, hk, nk, eps, q_row)
+                    qk = dot_row(REAL, k_row, q_row, KP)
                 load_row(REAL, v[1], at(v, b, t, hv), v[5], nv, v_row)
                 if PER_CHANNEL:
-                    load_row(REAL, g[1], at(g, b, t, hv), g[5], nk, g_row)
+                    _channel_gates(REAL, desc, factor, bias, b, t, hv, k_row, q_row, g_row, gated)
                 else:
-                    decay = get(REAL, g[1], at(g, b, t, hv)) if g[0] else REAL(0)
-                    fill_row(REAL, decay, g_row)
-                if desc[RAW_GATE]:
-                    rows = KP // W if PER_CHANNEL else 1
-                    apply_gate(REAL, desc, factor, bias, g_row, rows)
-                beta = get(REAL, betas[1], at(betas, b, t, hv)) if betas[0] else REAL(1)
-                if desc[SIGMOID_BETA]:
-                    fill_row(REAL, beta, number)
-                    sigmoid_row(REAL, number, REAL(real(desc, BETA_FACTOR)), number)
-                    beta = load(REAL, number)
-                qk = token_rows(REAL, k_row, q_row, g_row, 1 if PER_CHANNEL else 0, KP, gated)
+                    _head_gate(REAL, desc, factor, bias, b, t, hv, k_row, q_row, g_row, gated)
+                beta = _load_beta(REAL, desc, b, t, hv, number)
+                if OTHER:
+                    if in_its_form:
+                        args = (
+                            nk, nv, k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                        )  # fmt: skip
+                        if V_FIRST:
+                            step_v_first(REAL, STATE, source, h0[5], target, ht[5], *args)
+                        else:
+                            step(REAL, STATE, source, h0[4], target, ht[4], *args)
+                        store_row(REAL, o[1], o_row, nv, at(o, b, t, hv), o[5])
+                        continue
                 if speculative:
                     kept = _slot(desc, seq, t - bos)
                     target, target_step = state, VP * SIZE
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
-                _step(
-                    REAL, source, source_step, target, target_step, k_row, gated, nk, nv,
-                    v_row, beta, scale, qk, o_row,
+                step(
+                    REAL, REAL, source, source_step, target, target_step, nk, VP, k_row, gated,
+                    v_row, beta, scale, qk, sums, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
                 store_row(REAL, o[1], o_row, nv, at(o, b, t, hv), o[5])
@@ -255,11 +282,65 @@ def _recurrent_kernel(REAL, PER_CHANNEL):
                     kept = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + done // interval - 1
                     place = at(checkpoints, kept, hv, 0)
                     _store_state(REAL, source, source_step, nk, nv, checkpoints, place)
-            if ht[0] and not speculative and source != at(ht, slot, hv, 0):
+            if ht[0] and not speculative and not in_its_form and source != at(ht, slot, hv, 0):
                 place = at(ht, slot, hv, 0)
                 _store_state(REAL, source, source_step, nk, nv, ht, place)
 
     return recurrent_kernel
+
+
+_STATES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+
+def form_of(problem):
+    """Type of the numbers of the states, and whether keys are contiguous in them.
+
+    A step of one token works in place on states of this form. Those in the compute dtype with
+    contiguous values, the most common ones, have none of the others' code in their kernel.
+    """
+    p, REAL = problem, real_of(problem.q.dtype)
+    h0, ht = p.initial_state, p.final_state
+    if h0 is not None and ht is not None and REAL is np.float32 and p.K % W == p.V % W == 0:
+        for v_first, axis in ((False, 3), (True, 2)):
+            if h0.strides[axis] == ht.strides[axis] == h0.itemsize:
+                return _STATES[h0.dtype], v_first
+    return REAL, False
+
+
+class Job(NamedTuple):
+    """A call but for its addresses."""
+
+    kernel: Any
+    desc: Any  # array of int64, whose places in `PLACES` are for the addresses
+    items: int
+    scratch: int  # bytes of a worker
+    size: int  # bytes of states that the call goes through
+    checkpoint_starts: Any  # kept alive
+
+
+# of the arrays in a descriptor, as `nbdelta.structure.Arrays` orders them, and of the final state
+PLACES = Q, KEY, VALUE, G, BETA, H0, A_LOG, DT_BIAS, O, CU_SEQLENS, STATE_INDICES, ACCEPTED, HT
+
+
+def job_of(problem, max_length=None):
+    """Return the job of a problem, with the addresses of the problem's arrays."""
+    p, REAL = problem, real_of(problem.q.dtype)
+    SIZE = np.dtype(REAL).itemsize
+    desc, starts = describe(p, max_length=max_length), None
+    if p.checkpoint_interval:
+        starts = checkpoint_starts(p)
+        desc[CHECKPOINT_STARTS] = starts.ctypes.data
+    kernel = _recurrent_kernel(REAL, p.per_channel, *form_of(p))
+    scratch = layout(0, SIZE, -(-p.K // W) * W, -(-p.V // W) * W)[-1]
+    size = p.B * p.T * p.HV * p.K * p.V * SIZE
+    return Job(kernel, array("q", desc.tobytes()), p.N * p.HV, scratch, size, starts)
+
+
+def start(job, desc):
+    """Run a job with a descriptor that is complete."""
+    threads = thread_count() if job.size >= SERIAL_BYTES else 1
+    brief = job.size < BRIEF_BYTES
+    run(job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0])
 
 
 def fused_recurrent_gated_delta_rule(problem, max_length=None):
@@ -272,16 +353,5 @@ def fused_recurrent_gated_delta_rule(problem, max_length=None):
     max_length : int, optional
         Longer sequences are left alone.
     """
-    p = problem
-    REAL = real_of(p.q.dtype)
-    SIZE = np.dtype(REAL).itemsize
-    desc = describe(p, max_length=max_length)
-    if p.checkpoint_interval:
-        starts = checkpoint_starts(p)
-        desc[CHECKPOINT_STARTS] = starts.ctypes.data
-    KP, VP = -(-p.K // W) * W, -(-p.V // W) * W
-    threads = thread_count()
-    if p.B * p.T * p.HV * p.K * p.V * SIZE < SERIAL_BYTES:
-        threads = 1
-    scratch = layout(0, SIZE, KP, VP)[-1]
-    run(_recurrent_kernel(REAL, p.per_channel), desc, p.N * p.HV, scratch, threads)
+    job = job_of(problem, max_length)
+    start(job, job.desc)

@@ -23,7 +23,7 @@ from nbdelta.cpu._call import (
     V,
     array_at,
 )
-from nbdelta.cpu._jit import SOURCES, kernel, njit
+from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     DTYPES,
     fill_row,
@@ -77,11 +77,9 @@ def _solve_kernel(REAL):
     SIZE = np.dtype(REAL).itemsize
     ROW = W * SIZE
     MR = tile_rows(SIZE)
-    STAMP = SOURCES
 
-    @kernel
+    @kernel(REAL)
     def solve_kernel(desc, worker):
-        stamp = STAMP  # noqa: F841 (a part of the cache key, see SOURCES)
         matrix, b, out = array_at(desc, G), array_at(desc, B_FIELD), array_at(desc, O)
         columns, parts = desc[V], desc[PARTS]
         strips = (columns + W - 1) // W

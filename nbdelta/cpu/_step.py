@@ -1,0 +1,77 @@
+"""One token on one state, where the state lies.
+
+A step reads the state front to back for the sums S^T e^g k and S^T e^g q, and writes it back to
+front, since what was read last is still in the cache. Each pass fetches half a state: the second
+half of this one, then the first half of the one behind it. Source and target may be the same.
+
+All forms of the same numbers in memory give the same bits: every sum goes over the keys in order.
+``STATE`` is the NumPy type of the numbers of the state, ``np.uint16`` for bfloat16.
+"""
+
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._memory import zero_rows
+from nbdelta.cpu._simd import W, itemsize
+from nbdelta.cpu._step_tiles import (
+    ROWS,
+    finish_sums,
+    read_row,
+    read_rows,
+    read_values,
+    write_row,
+    write_rows,
+    write_values,
+)
+
+
+@njit()
+def step(
+    REAL, STATE, source, step, target, target_step, K, V, k, gated, v, beta, scale, qk, sums, o
+):  # fmt: skip
+    """One token on a state [K, V] with contiguous values, a multiple of 16 of them."""
+    SIZE, half = itemsize(REAL), V * itemsize(STATE) // 2
+    key, second = (K + W - 1) // W * W * SIZE, V * SIZE
+    decay = gated + 2 * key
+    zero_rows(REAL, sums, 2 * V // W)
+    ahead = source + K * half
+    i = 0
+    while i + ROWS <= K:
+        rows, at = source + i * step, gated + i * SIZE
+        read_rows(REAL, STATE, rows, step, V, at, key, sums, second, ahead)
+        ahead += ROWS * half
+        i += ROWS
+    while i < K:
+        rows, at = source + i * step, gated + i * SIZE
+        read_row(REAL, STATE, rows, step, V, at, key, sums, second, ahead)
+        i += 1
+    finish_sums(REAL, STATE, v, beta, scale, qk, V, sums, o)
+    while i % ROWS:
+        i -= 1
+        rows, written, at = source + i * step, target + i * target_step, i * SIZE
+        write_row(REAL, STATE, rows, step, written, target_step, V, k + at, decay + at, sums, ahead)
+    while i:
+        i -= ROWS
+        rows, written, at = source + i * step, target + i * target_step, i * SIZE
+        write_rows(
+            REAL, STATE, rows, step, written, target_step, V, k + at, decay + at, sums, ahead
+        )
+        ahead += ROWS * half
+
+
+@njit()
+def step_v_first(
+    REAL, STATE, source, step, target, target_step, K, V, k, gated, v, beta, scale, qk, sums, o
+):  # fmt: skip
+    """One token on a state [V, K] with contiguous keys; K and V are multiples of 16."""
+    SIZE, half = itemsize(REAL), K * itemsize(STATE) // 2
+    key, second = K * SIZE, V * SIZE
+    zero_rows(REAL, sums, 2 * V // W)
+    ahead = source + V * half
+    for i in range(0, V, W):
+        rows, at = source + i * step, sums + i * SIZE
+        read_values(REAL, STATE, rows, step, K, gated, key, at, second, ahead)
+        ahead += W * half
+    finish_sums(REAL, REAL, v, beta, scale, qk, V, sums, o)
+    for i in range(V - W, -1, -W):
+        rows, written, d = source + i * step, target + i * target_step, sums + i * SIZE
+        write_values(REAL, STATE, rows, step, written, target_step, K, k, gated + 2 * key, d, ahead)
+        ahead += W * half

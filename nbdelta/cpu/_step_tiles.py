@@ -1,0 +1,246 @@
+"""Operations of one token on a state, one vector emitter function each.
+
+A step reads the state twice and writes it once. Whole rows are read and written in the order in
+which they lie in memory, ``ROWS`` at a time: sums over the rows are kept for all columns, and every
+number of the state meets its two multiply-adds while it is in a register.
+"""
+
+from nbdelta.cpu._simd import REAL, W, size_of, tile
+
+ROWS = 4  # with their factors, two sums and the state they fit into 16 registers
+LINE = 64
+
+
+@tile
+def inverse_norm(e, x, n, eps) -> REAL:
+    """1 / sqrt(sum of n squares + eps)."""
+
+    def body(offset, acc):
+        value = e.load(x + offset)
+        return [e.fma(value, value, acc[0])]
+
+    (squares,) = e.loop(n * e.size, [e.splat(0.0)], body, e.row)
+    return 1.0 / e.sqrt(e.total(squares) + eps)
+
+
+@tile
+def scale_row(e, x, factor, n):
+    """X *= factor for n numbers in place."""
+
+    def body(offset, carried):
+        e.store(e.load(x + offset) * e.splat(factor), x + offset)
+        return carried
+
+    e.loop(n * e.size, [], body, e.row)
+
+
+@tile
+def dot_row(e, x, y, n) -> REAL:
+    """Sum of n products."""
+
+    def body(offset, acc):
+        return [e.fma(e.load(x + offset), e.load(y + offset), acc[0])]
+
+    (products,) = e.loop(n * e.size, [e.splat(0.0)], body, e.row)
+    return e.total(products)
+
+
+@tile
+def channel_gates(e, k, q, g, n, out):
+    """Rows of n channels e^g k, e^g q and e^g one behind the other at `out`."""
+    width = n * e.size
+
+    def body(offset, carried):
+        decay = e.exp(e.load(g + offset))
+        e.store(e.load(k + offset) * decay, out + offset)
+        e.store(e.load(q + offset) * decay, out + width + offset)
+        e.store(decay, out + width * 2 + offset)
+        return carried
+
+    e.loop(width, [], body, e.row)
+
+
+@tile
+def head_gate(e, k, q, g, n, out):
+    """As `channel_gates`, with one log decay for all channels, 16 times at `g`."""
+    width = n * e.size
+    decay = e.exp(e.load(g))
+
+    def body(offset, carried):
+        e.store(e.load(k + offset) * decay, out + offset)
+        e.store(e.load(q + offset) * decay, out + width + offset)
+        e.store(decay, out + width * 2 + offset)
+        return carried
+
+    e.loop(width, [], body, e.row)
+
+
+def paired(dtype):
+    """Whether 16 columns of a state are computed on as the 8 even and the 8 odd ones.
+
+    It takes one instruction for each to get them out of bfloat16 in this way.
+    """
+    return dtype == "bfloat16"
+
+
+@tile
+def finish_sums(e, dtype, v, beta, scale, qk, n, sums, o):
+    """The error d = beta (v - S^T k), in place of the sums S^T k, and o = scale (S^T q + (q.k) d).
+
+    The state is the decayed one. With that the output needs no look at the updated state.
+    """
+    width = n * e.size
+    even_odd = [*range(0, W, 2), *range(1, W, 2)]
+    natural = [even_odd.index(i) for i in range(W)]
+
+    def body(offset, carried):
+        x = e.load(v + offset)
+        if paired(dtype):
+            x = e.shuffle(x, x, even_odd)
+        d = (x - e.load(sums + offset)) * e.splat(beta)
+        y = e.fma(d, e.splat(qk), e.load(sums + width + offset)) * e.splat(scale)
+        if paired(dtype):
+            y, d = e.shuffle(y, y, natural), e.plain_nan(d)
+        e.store(y, o + offset)
+        e.store(d, sums + offset)
+        return carried
+
+    e.loop(width, [], body, e.row)
+
+
+def _fetch(e, ahead, column, lines):
+    """Bring `lines` lines for every 16 columns into the cache."""
+    for line in range(lines):
+        e.prefetch(ahead + column * (lines * LINE // W) + line * LINE)
+
+
+def _load(e, dtype, address):
+    """16 columns of a state."""
+    if paired(dtype):
+        return e.load_pairs(address)
+    size = size_of(dtype)
+    return [e.load_as(dtype, address + c * size, e.lanes) for c in range(0, W, e.lanes)]
+
+
+def _store(e, dtype, values, address):
+    if paired(dtype):
+        e.store_pairs(values, address)
+    else:
+        for i, value in enumerate(values):
+            e.store_as(dtype, value, address + i * e.lanes * size_of(dtype), e.lanes)
+
+
+def _parts(e, dtype, address, column):
+    """16 numbers of a row of scratch, in as many registers as those of the state."""
+    lanes = W // 2 if paired(dtype) else e.lanes
+    return [e.load(address + column * e.size, c * e.size, lanes) for c in range(0, W, lanes)]
+
+
+def _factors(e, dtype, address, rows):
+    lanes = W // 2 if paired(dtype) else e.lanes
+    values = [e.bcast(address, i * e.size, lanes) for i in range(rows)]
+    return [e.plain_nan(x) for x in values] if paired(dtype) else values
+
+
+def _state_rows(rows):
+    """Make the tiles that read and write `rows` rows of a state [K, V].
+
+    Both fetch half as many bytes from `ahead` on, so that what comes later is brought into the
+    cache evenly over the whole step.
+    """
+
+    @tile
+    def read_rows(e, dtype, source, step, n, gated, width, sums, second, ahead):
+        """Sums += S^T e^g k, and `second` bytes further += S^T e^g q, for n columns."""
+        keys = _factors(e, dtype, gated, rows)
+        queries = _factors(e, dtype, gated + width, rows)
+
+        def body(column, carried):
+            _fetch(e, ahead, column, rows * W * size_of(dtype) // (2 * LINE))
+            a, b = _parts(e, dtype, sums, column), _parts(e, dtype, sums + second, column)
+            for i in range(rows):
+                s = _load(e, dtype, source + step * i + column * size_of(dtype))
+                a = [e.fma(x, keys[i], y) for x, y in zip(s, a, strict=True)]
+                b = [e.fma(x, queries[i], y) for x, y in zip(s, b, strict=True)]
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                place = sums + (column + i * (W // len(a))) * e.size
+                e.store(x, place)
+                e.store(y, place + second)
+            return carried
+
+        e.loop(n, [], body, W)
+
+    @tile
+    def write_rows(e, dtype, source, step, target, target_step, n, k, decay, d, ahead):
+        """S = e^g S + k d^T for n columns."""
+        keys, decays = _factors(e, dtype, k, rows), _factors(e, dtype, decay, rows)
+
+        def body(column, carried):
+            _fetch(e, ahead, column, rows * W * size_of(dtype) // (2 * LINE))
+            errors, at = _parts(e, dtype, d, column), column * size_of(dtype)
+            for i in range(rows):
+                s = _load(e, dtype, source + step * i + at)
+                s = [e.fma(keys[i], x, y * decays[i]) for x, y in zip(errors, s, strict=True)]
+                _store(e, dtype, s, target + target_step * i + at)
+            return carried
+
+        e.loop(n, [], body, W)
+
+    return read_rows, write_rows
+
+
+read_rows, write_rows = _state_rows(ROWS)
+read_row, write_row = _state_rows(1)
+
+
+@tile
+def read_values(e, dtype, source, step, n, gated, width, sums, second, ahead):
+    """As `read_rows`, for 16 rows of a state [V, K].
+
+    Every sum goes over the keys in their order here too: squares of the state are transposed in
+    registers.
+    """
+    lanes, size = e.lanes, size_of(dtype)
+    groups = range(0, W, lanes)
+    total = [e.load(x, c * e.size, lanes) for x in (sums, sums + second) for c in groups]
+
+    def body(key, total):
+        a, b = total[: len(groups)], total[len(groups) :]
+        for line in range(lanes * size * W // (2 * LINE)):
+            e.prefetch(ahead + key * (size * W // 2) + line * LINE)
+        for g, first in enumerate(groups):
+            start = source + step * first + key * size
+            square = [e.load_as(dtype, start + step * i, lanes) for i in range(lanes)]
+            for i, s in enumerate(e.transpose(square)):
+                place = gated + key * e.size
+                a[g] = e.fma(s, e.bcast(place, i * e.size, lanes), a[g])
+                b[g] = e.fma(s, e.bcast(place + width, i * e.size, lanes), b[g])
+        return [*a, *b]
+
+    total = e.loop(n, total, body, lanes)
+    for i, x in enumerate(total):
+        place = sums if i < len(groups) else sums + second
+        e.store(x, place, i % len(groups) * lanes * e.size)
+
+
+@tile
+def write_values(e, dtype, source, step, target, target_step, n, k, decay, d, ahead):
+    """As `write_rows`, for 16 rows of a state [V, K]."""
+    lines = ROWS * W * size_of(dtype) // (2 * LINE)
+    for first in range(0, W, ROWS):
+        values = range(first, first + ROWS)
+        errors = [e.bcast(d, i * e.size, e.lanes) for i in values]
+
+        def body(column, carried, values=values, errors=errors, first=first):
+            _fetch(e, ahead + n * (first // ROWS * lines * LINE // W), column, lines)
+            for c in range(0, W, e.lanes):
+                x = e.load(k + column * e.size, c * e.size, e.lanes)
+                w = e.load(decay + column * e.size, c * e.size, e.lanes)
+                for i, error in zip(values, errors, strict=True):
+                    place = (column + c) * size_of(dtype)
+                    s = e.load_as(dtype, source + step * i + place, e.lanes)
+                    s = e.fma(x, error, s * w)
+                    e.store_as(dtype, s, target + target_step * i + place, e.lanes)
+            return carried
+
+        e.loop(n, [], body, W)

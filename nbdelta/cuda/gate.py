@@ -1,0 +1,90 @@
+"""Gates from raw projections: the log decay of both gate layouts.
+
+-exp(A_log) softplus(x + dt_bias)    or    lower_bound sigmoid(exp(A_log) (x + dt_bias))
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import cuda
+
+from nbdelta.cuda._call import (
+    A_LOG,
+    BOUND,
+    DT_BIAS,
+    EXTRA,
+    HV,
+    LENGTH,
+    RAW_GATE,
+    B,
+    G,
+    K,
+    O,
+    T,
+    array_at,
+    at,
+    put_array,
+    put_float,
+)
+from nbdelta.cuda._jit import kernel, place_of
+from nbdelta.cuda._math import exp, gate_functions
+from nbdelta.cuda._memory import read_real, reader, real_of, writer
+
+THREADS = 128
+# tokens of a thread, which all have one bias
+TOKENS = 8
+# number of threads that share the tokens of a channel
+GROUPS = EXTRA
+
+
+@cache
+def _gate_kernel(DTYPE, WIDE):
+    """Kernel for a dtype of x; `WIDE`: A_log or dt_bias is float64."""
+    REAL = real_of(DTYPE)
+    get, put, get_parameter = reader(DTYPE, REAL), writer(str(REAL), REAL), read_real(REAL, WIDE)
+    _, log_decay = gate_functions(REAL)
+
+    @kernel(THREADS)
+    def gate_kernel(desc):
+        x, out = array_at(desc, G), array_at(desc, O)
+        a_log, dt_bias = array_at(desc, A_LOG), array_at(desc, DT_BIAS)
+        # neighbouring threads have channels, then heads, then tokens side by side
+        item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        item, k = item // desc[K], item % desc[K]
+        item, hv = item // desc[HV], item % desc[HV]
+        b, first = item // desc[GROUPS], item % desc[GROUPS]
+        if b >= desc[B]:
+            return
+        rate, bias = REAL(1), REAL(0)
+        if a_log[0] != 0:
+            rate = exp(get_parameter(a_log[1], a_log[0] + hv * a_log[2]))
+        if dt_bias[0] != 0:
+            bias = get_parameter(dt_bias[1], dt_bias[0] + hv * dt_bias[2] + k * dt_bias[3])
+        for t in range(first, desc[T], desc[GROUPS]):
+            raw = get(at(x, b, t, hv) + k * x[5])
+            put(at(out, b, t, hv) + k * out[5], log_decay(desc, raw, rate, bias))
+
+    return gate_kernel
+
+
+def specialisations():
+    """Name, kernel, descriptor length and dynamic shared memory of all that is ever launched."""
+    for dtype in ("float32", "float16", "bfloat16"):
+        yield f"gate {dtype}", _gate_kernel(dtype, False), LENGTH, 0
+        yield f"gate {dtype}, parameters float64", _gate_kernel(dtype, True), LENGTH, 0
+    yield "gate float64", _gate_kernel("float64", True), LENGTH, 0
+
+
+def fused_gate(x, out, A_log, dt_bias, lower_bound):
+    """Fill `out` with the log decay of `x`, ``[B, T, HV]`` or ``[B, T, HV, K]``."""
+    desc = np.zeros(LENGTH, np.int64)
+    for index, view in ((G, x), (O, out), (A_LOG, A_log), (DT_BIAS, dt_bias)):
+        put_array(desc, index, view)
+    desc[B], desc[T], desc[HV] = x.shape[:3]
+    desc[K] = x.shape[3] if len(x.shape) == 4 else 1
+    desc[GROUPS] = groups = -(-x.shape[1] // TOKENS)
+    desc[RAW_GATE] = True
+    put_float(desc, BOUND, lower_bound or 0.0, np.dtype(out.dtype))
+    wide = x.dtype == "float64" or any(p and p.dtype == "float64" for p in (A_log, dt_bias))
+    items = x.shape[0] * groups * int(desc[HV] * desc[K])
+    _gate_kernel(x.dtype, wide).launch((-(-items // THREADS), 1, 1), desc, place_of(x))

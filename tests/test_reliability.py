@@ -1,0 +1,420 @@
+"""What docs/reliability.md promises: every case in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ALL_FUNCTIONS = """
+import hashlib, sys, threading
+import numpy as np
+import nbdelta
+from nbdelta.testing import make_inputs
+
+def calls():
+    gda = make_inputs(1, 2, 70, 2, 4, 32, 48, "gda")
+    kda = make_inputs(2, 2, 33, 1, 2, 40, 24, "kda")
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 70, 3)).astype(np.float32)
+    A = rng.standard_normal((1, 32, 2, 16)).astype(np.float32) * 0.1
+    L = np.tril(rng.standard_normal((3, 20, 20))).astype(np.float32) + 5 * np.eye(20, dtype="f4")
+    b = rng.standard_normal((3, 20, 7)).astype(np.float32)
+    return [
+        lambda: nbdelta.chunk_gated_delta_rule(**gda),
+        lambda: nbdelta.fused_recurrent_gated_delta_rule(**gda),
+        lambda: nbdelta.chunk_kda(**kda),
+        lambda: nbdelta.fused_recurrent_kda(**kda),
+        lambda: nbdelta.gated_delta_rule(**kda),
+        lambda: nbdelta.chunk_local_cumsum(x, 16),
+        lambda: nbdelta.solve_tril(A),
+        lambda: nbdelta.solve_triangular(L, b),
+        lambda: nbdelta.fused_gate(x),
+    ]
+
+def bits(result):
+    result = result[0] if isinstance(result, tuple) else result
+    return hashlib.sha256(result.tobytes()).hexdigest()
+"""
+
+DECODE = """
+import numpy as np, nbdelta
+q = np.ones((1, 1, 2, 16), np.float32)
+o, _ = nbdelta.fused_recurrent_gated_delta_rule(q, q, q, -q[..., 0], q[..., 0])
+assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5, o
+print("works")
+"""
+
+
+def start(code, *, env=None, cache=None, **options):
+    """Start a new Python on some code; `cache`: folder of its compiled kernels."""
+    environment = {**os.environ, **(env or {})}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    if cache is not None:
+        environment["NUMBA_CACHE_DIR"] = str(cache)
+    # newer Pythons warn of any fork in a process with threads
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
+    )
+
+
+def finish(process, timeout=240):
+    """Wait for a Python, and return what it printed, and its warnings."""
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    return out, errors
+
+
+def run(code, **options):
+    return finish(start(code, **options))[0]
+
+
+# ---- threads ----
+
+
+def test_sixteen_threads_on_a_cold_cache_beside_torch(tmp_path):
+    """First calls of all functions at once, while torch's threads work: the bits of calls alone."""
+    code = f"""
+    {textwrap.indent(ALL_FUNCTIONS, "    ").strip()}
+    import torch
+    done = threading.Event()
+    def work():
+        a = torch.ones(200, 200)
+        while not done.is_set():
+            a = torch.matmul(a, a) * 0 + 1
+    beside = threading.Thread(target=work)
+    beside.start()
+    made, results = calls(), [None] * 16
+    def every(n):
+        order = [(n + i) % len(made) for i in range(len(made))]
+        results[n] = dict(sorted((i, bits(made[i]())) for i in order))
+    threads = [threading.Thread(target=every, args=(n,)) for n in range(16)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    done.set()
+    beside.join()
+    alone = {{i: bits(call()) for i, call in enumerate(made)}}
+    assert all(r == alone for r in results), results
+    """
+    run(code, cache=tmp_path)
+
+
+def test_any_number_of_threads_has_the_same_bits():
+    """NUMBA_NUM_THREADS of 1, 2 and unset, and set_num_threads between and around calls."""
+    code = ALL_FUNCTIONS + textwrap.dedent(
+        """
+        import numba
+        first = [bits(call()) for call in calls()]
+        for n in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            numba.set_num_threads(n)
+            assert [bits(call()) for call in calls()] == first
+        print(*first)
+        """
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_NUM_THREADS"}
+    printed = set()
+    for threads in ("1", "2", None):
+        chosen = {} if threads is None else {"NUMBA_NUM_THREADS": threads}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env={**environment, **chosen}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed.add(done.stdout)
+    assert len(printed) == 1
+
+
+# ---- processes ----
+
+IN_CHILDREN = """
+import multiprocessing, sys
+import numpy as np
+import nbdelta
+from nbdelta.testing import make_inputs
+
+def work(seed):
+    return nbdelta.gated_delta_rule(**make_inputs(seed, 2, 90, 2, 4, 32, 32, "gda"))[0].tobytes()
+
+if __name__ == "__main__":
+    expected = [work(i) for i in range(4)]
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        for _ in range(3):
+            assert pool.map(work, range(4)) == expected
+            assert [work(i) for i in range(4)] == expected
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_and_their_parent_call(tmp_path, method):
+    if method == "fork" and not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    script = tmp_path / "children.py"
+    script.write_text(IN_CHILDREN)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_workers_of_a_data_loader(tmp_path):
+    script = tmp_path / "loader.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch, nbdelta
+            from nbdelta.testing import make_inputs
+
+            def item(i):
+                call = make_inputs(i, 1, 40, 1, 2, 16, 16, "gda")
+                arrays = {n: torch.from_numpy(x) for n, x in call.items()}
+                return nbdelta.gated_delta_rule(**arrays)[0]
+
+            class Data(torch.utils.data.Dataset):
+                def __len__(self):
+                    return 6
+                def __getitem__(self, i):
+                    return item(i)
+
+            if __name__ == "__main__":
+                first = item(0)
+                loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=2)
+                for n, batch in enumerate(loader):
+                    for j in range(2):
+                        assert torch.equal(batch[j], item(2 * n + j))
+            """
+        )
+    )
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---- the cache of compiled kernels ----
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    # Numba then goes on to the package folder
+    assert "works" in run(DECODE, cache=blocked / "cache")
+
+
+def test_no_folder_at_all():
+    nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+    out, errors = finish(start(nowhere + DECODE))
+    assert "works" in out
+    assert "the cache cannot be used" in errors
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no users of this kind")
+def test_an_account_without_a_home(tmp_path):
+    """Neither the package folder nor a home can be written to."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another account")
+    nobody = 65534
+    command = [sys.executable, "-c", "import nbdelta"]
+    try:
+        probe = subprocess.run(command, user=nobody, cwd="/", capture_output=True, check=False)
+        readable = probe.returncode == 0
+    except PermissionError:
+        readable = False
+    if not readable:
+        pytest.skip("the account nobody cannot read this installation")
+    environment = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"}
+    out, errors = finish(start(DECODE, env=environment, user=nobody, cwd="/"))
+    assert "works" in out
+    # the package folder may hold a cache that somebody else made
+    assert not errors or "the cache cannot be used" in errors
+
+
+def test_a_cache_that_is_deleted_while_in_use(tmp_path):
+    code = (
+        DECODE
+        + f"""
+import shutil
+shutil.rmtree({str(tmp_path)!r})
+"""
+        + DECODE
+        + """
+o, _ = nbdelta.chunk_gated_delta_rule(q, q, q, -q[..., 0], q[..., 0])
+assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5
+"""
+    )
+    assert run(code, cache=tmp_path / "cache").count("works") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+def test_a_full_disk(tmp_path):
+    """No file may grow beyond 8 KB: writing a kernel fails as it does when the disk is full."""
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+"""
+    out, errors = finish(start(limit + DECODE, cache=tmp_path))
+    assert "works" in out
+    assert "the cache cannot be used" in errors
+    # what was left behind does not disturb the next process
+    assert "works" in run(DECODE, cache=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "flipped"])
+def test_damaged_cache_files(tmp_path, damage):
+    run(DECODE, cache=tmp_path)
+    files = [p for p in tmp_path.rglob("*") if p.suffix in (".nbi", ".nbc")]
+    assert len(files) >= 2
+    for path in files:
+        data = bytearray(path.read_bytes())
+        if damage == "cut":
+            data = data[: len(data) // 2]
+        elif damage == "noise":
+            data = os.urandom(len(data))
+        elif path.suffix == ".nbc":
+            middle = len(data) // 2
+            data[middle : middle + 64] = bytes(255 - x for x in data[middle : middle + 64])
+        path.write_bytes(data)
+    assert "works" in run(DECODE, cache=tmp_path)
+    # and it was repaired
+    out, errors = finish(start(DECODE, cache=tmp_path))
+    assert "works" in out
+    assert not errors
+
+
+def test_four_cold_processes_on_one_cache(tmp_path):
+    processes = [start(DECODE, cache=tmp_path) for _ in range(4)]
+    assert all("works" in finish(p)[0] for p in processes)
+    assert "works" in run(DECODE, cache=tmp_path)
+
+
+def test_a_cache_of_a_machine_with_other_features(tmp_path):
+    run(DECODE, cache=tmp_path, env={"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""})
+    before = len(list(tmp_path.rglob("*.nbc")))
+    assert "works" in run(DECODE, cache=tmp_path)
+    assert len(list(tmp_path.rglob("*.nbc"))) > before
+
+
+# ---- long and hostile inputs ----
+
+
+def test_more_than_two_to_the_31_numbers_in_an_array():
+    """q and k of 2.6e9 numbers in little memory; the last head is that of a call alone."""
+    run(
+        """
+        import numpy as np, nbdelta
+        rng = np.random.default_rng(0)
+        T, H = 20_100, 1024
+        x = (rng.standard_normal((1, 1, 1, 128)) * 0.1).astype(np.float32)
+        q = np.broadcast_to(x, (1, T, H, 128))
+        assert q.size > 2**31
+        v = np.broadcast_to(rng.standard_normal((1, T, 1, 1)).astype(np.float32), (1, T, H, 1))
+        g = np.full((1, 1, 1), -0.1, np.float32)
+        g = np.broadcast_to(g, (1, T, H))
+        o, _ = nbdelta.chunk_gated_delta_rule(q, q, v, g, None)
+        alone, _ = nbdelta.chunk_gated_delta_rule(
+            q[:, :, :1].copy(), q[:, :, :1].copy(), v[:, :, :1].copy(), g[:, :, :1].copy(), None
+        )
+        assert np.array_equal(o[:, :, -1:], alone)
+        assert np.array_equal(o[:, -100:, 512], alone[:, -100:, 0])
+        """
+    )
+
+
+def test_a_million_tokens():
+    run(
+        """
+        import numpy as np, nbdelta
+        from nbdelta.testing import make_inputs
+        call = make_inputs(0, 1, 1_000_000, 1, 1, 16, 16, "gda")
+        o, state = nbdelta.chunk_gated_delta_rule(**call, output_final_state=True)
+        r, end = nbdelta.fused_recurrent_gated_delta_rule(**call, output_final_state=True)
+        for a, b in ((o, r), (state, end)):
+            assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+        """
+    )
+
+
+def test_five_thousand_short_sequences():
+    """Lengths 0 to 3, packed: the bits of each sequence alone."""
+    run(
+        """
+        import numpy as np, nbdelta
+        from nbdelta.testing import make_inputs
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(0, 4, 5000)
+        cu = np.concatenate([[0], np.cumsum(lengths)])
+        call = make_inputs(1, 1, int(cu[-1]), 1, 2, 16, 24, "kda")
+        h0 = rng.standard_normal((5000, 2, 16, 24)).astype(np.float32)
+        for rule in (nbdelta.chunk_kda, nbdelta.fused_recurrent_kda, nbdelta.gated_delta_rule):
+            o, state = rule(**call, initial_state=h0, output_final_state=True, cu_seqlens=cu)
+            assert np.array_equal(state[lengths == 0], h0[lengths == 0])
+            for n in range(0, 5000, 97):
+                part = {k: x[:, cu[n]:cu[n + 1]] for k, x in call.items()}
+                a, s = rule(**part, initial_state=h0[n:n + 1], output_final_state=True)
+                assert np.array_equal(a, o[:, cu[n]:cu[n + 1]])
+                assert np.array_equal(s[0], state[n])
+        """
+    )
+
+
+# ---- interrupts and memory ----
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way")
+def test_ctrl_c_during_a_long_call():
+    """The call ends within a second of the signal, and the next one works."""
+    process = start(
+        """
+        import sys, time
+        import numpy as np, nbdelta
+        x = np.broadcast_to(np.full((1, 1, 1, 128), 0.05, np.float32), (1, 400_000, 64, 128))
+        small, g = x[:, :64, :1], np.broadcast_to(-x[:, :1, :1], x.shape)
+        nbdelta.chunk_kda(small, small, small, -small, None)
+        v, out = x[..., :16], np.zeros((1, 400_000, 64, 16), np.float32)
+        out += 1  # its pages are there before the clock starts
+        print("begun", flush=True)
+        try:
+            nbdelta.chunk_kda(x, x, v, g, None, out=out)
+        except KeyboardInterrupt:
+            print("interrupted", time.monotonic(), flush=True)
+        assert np.isfinite(nbdelta.chunk_kda(small, small, small, -small, None)[0]).all()
+        """
+    )
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.7)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, _ = finish(process)
+    word, at = out.split()
+    assert word == "interrupted"
+    assert float(at) - sent < 1.0
+
+
+def test_ten_thousand_calls_grow_by_less_than_two_megabytes():
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not say how much memory a process has")
+    run(
+        """
+        import resource
+        import numpy as np, nbdelta
+        from nbdelta.testing import make_inputs
+        call = make_inputs(0, 2, 1, 2, 4, 32, 32, "gda", states=2)
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        def step():
+            nbdelta.fused_recurrent_gated_delta_rule(**call, inplace_final_state=True)
+        for _ in range(500):
+            step()
+        before = resident()
+        for _ in range(10_000):
+            step()
+        assert resident() - before < 2 << 20, resident() - before
+        """
+    )
