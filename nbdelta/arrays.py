@@ -108,6 +108,13 @@ class View:
         *strides, s, t = self.strides
         return self.seen_as((*shape, n, m), (*strides, t, s))
 
+    def is_aligned(self) -> bool:
+        """Whether every element is at a multiple of its size."""
+        bits = self.address
+        for stride in self.strides:
+            bits |= stride
+        return not bits & (ITEMSIZE[self.dtype] - 1)
+
     def extent(self) -> tuple[int, int]:
         """Return the offsets from `address` of the first byte and of the byte past the last one.
 
@@ -329,7 +336,7 @@ def _cuda_view(x: Any, interface: dict[str, Any], name: str) -> View:
         dtype = np.dtype(interface["typestr"])
         shape = tuple(interface["shape"])
         strides = tuple(interface.get("strides") or _contiguous(shape, dtype.itemsize))
-        address, readonly = interface["data"]
+        address, readonly = interface["data"][0] or 0, interface["data"][1]
     except (KeyError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: malformed __cuda_array_interface__ ({error!r})") from None
     own = getattr(x, "dtype", None)  # the interface has no word for bfloat16

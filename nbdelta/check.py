@@ -84,7 +84,7 @@ def check(device="cpu", seed=0):
         for part, dtype in jobs:
             step(f"{part.upper() if part != 'blocks' else 'building blocks'}, {dtype}", 0)
             check = _check_blocks if part == "blocks" else functools.partial(_check_rules, part)
-            rows.extend(check(dtype, seed, caller_on(device)))
+            rows.extend(check(dtype, seed, device))
             step("")
     table = out.table(
         "relative L2 error against float64, the worst head",
@@ -129,8 +129,8 @@ def caller_on(device):
     return call
 
 
-def _check_rules(gate, dtype, seed, call):
-    rows = {}
+def _check_rules(gate, dtype, seed, device):
+    rows, call = {}, caller_on(device)
     for cases in (_OPTIONS, _POOLED, _HARD):
         hard = cases is _HARD
         for case in cases:
@@ -154,7 +154,9 @@ def _check_rules(gate, dtype, seed, call):
                 except Exception as error:  # a function that fails is a row, not the end of it
                     rows[key].add(f"{case}: {type(error).__name__}: {error}", np.inf, 1.0)
                 else:
-                    _compare(rows[key], case, result, reference, dtype, hard)
+                    # on a GPU the chunked form multiplies numbers of 16 bits as they are
+                    products = dtype if device != "cpu" and "recurrent" not in name else None
+                    _compare(rows[key], case, result, reference, dtype, hard, products)
     return sorted(rows.values(), key=lambda row: (_RULES.index(row.function), row.cases))
 
 
@@ -165,11 +167,12 @@ def _own_pool(arguments):
     return {**arguments, "initial_state": arguments["initial_state"].copy()}
 
 
-def _compare(row, case, result, reference, dtype, hard):
+def _compare(row, case, result, reference, dtype, hard, products):
     state_dtype = "float64" if dtype == "float64" else "float32"
     for i, (x, ref) in enumerate(zip(result, reference, strict=True)):
         kind, axis = (dtype, 2) if i == 0 else (state_dtype, 1)
-        row.add(case, rel_l2(x, ref, axis), allowed_error(ref, kind, axis, hard_gates=hard))
+        bound = allowed_error(ref, kind, axis, hard_gates=hard, products=products)
+        row.add(case, rel_l2(x, ref, axis), bound)
 
 
 def _arguments(case, gate, dtype, seed):
@@ -224,7 +227,8 @@ def _arguments(case, gate, dtype, seed):
     return call
 
 
-def _check_blocks(dtype, seed, call):
+def _check_blocks(dtype, seed, device):
+    call = caller_on(device)
     rng = np.random.default_rng(seed)
     real = "float64" if dtype == "float64" else "float32"
     rows = []

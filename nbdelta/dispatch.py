@@ -30,7 +30,7 @@ def expect_one_device(
     Raises
     ------
     ValueError
-        When devices are mixed; the arrays are named.
+        When devices are mixed, or a device array has numbers across the borders of their size.
     RuntimeError
         When the device cannot be served, with the reason.
     """
@@ -43,19 +43,32 @@ def expect_one_device(
                 f"all arrays must be on one device, got {', '.join(where)}; nothing is copied "
                 "between devices behind your back"
             )
-    if device != "cpu":
-        reason = rejection_reason(device)
-        if reason is not None:
-            raise RuntimeError(f"{names[0]}: is on {device}: {reason}")
+    if device == "cpu":
+        return
+    reason = rejection_reason(device)
+    if reason is not None:
+        raise RuntimeError(f"{names[0]}: is on {device}: {reason}")
+    for name, x in zip(names, arrays, strict=True):
+        if x is not None and x.device != "cpu" and not x.is_aligned():
+            raise ValueError(
+                f"{name}: {x.dtype} on {device} needs addresses that are multiples of "
+                f"{x.itemsize}, got address {x.address:#x} and byte strides {list(x.strides)}"
+            )
 
 
 def rejection_reason(device: str) -> str | None:
     """Return why arrays on `device` cannot be served, or ``None`` when they can."""
-    if device == "cpu":
+    if device in _served:
         return None
-    if device.startswith("cuda"):
-        return cuda_rejection_reason() or _device_rejection_reason(device)
-    return f"nbdelta has no kernels for {device}; move the arrays to the CPU"
+    if device.partition(":")[0] != "cuda":
+        return f"nbdelta has no kernels for {device}; move the arrays to the CPU"
+    reason = cuda_rejection_reason() or _device_rejection_reason(device)
+    if reason is None:
+        _served.add(device)
+    return reason
+
+
+_served = {"cpu"}  # devices that were found fit
 
 
 def cuda_rejection_reason() -> str | None:
@@ -71,7 +84,6 @@ def cuda_rejection_reason() -> str | None:
     return reason
 
 
-@lru_cache
 def _device_rejection_reason(device: str) -> str | None:
     from nbdelta.cuda import _jit
 

@@ -152,16 +152,14 @@ def gated_delta_rule(
     (1, 1, 1, 1) [1.781]
     """
     arrays = (
-        *(q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens),
-        *(None, None),
-    )
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens, None, None,
+    )  # fmt: skip
     options = (
-        *("auto", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel),
-        *(lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first),
-        *(head_order, precision, checkpoint_interval, chunk_size),
-    )
-    key = repeat.key_of(arrays, options)
-    results = repeat.results_of(key, arrays)
+        "auto", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        precision, checkpoint_interval, chunk_size,
+    )  # fmt: skip
+    results = repeat.results_of(arrays, options)
     if results is None:
         problem = prepare(
             q,
@@ -189,9 +187,9 @@ def gated_delta_rule(
         )
         run(problem, "auto")
         if problem.T <= 1:
-            repeat.remember(key, arrays, problem)
+            repeat.remember(arrays, options, problem)
         results = problem.results()
-    return cast("tuple[ArrayT, ...]", results)
+    return results
 
 
 def chunk_gated_delta_rule(
@@ -430,16 +428,15 @@ def fused_recurrent_gated_delta_rule(
     [1. 0.] [0. 0. 1.] True
     """
     arrays = (
-        *(q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens),
-        *(state_indices, num_accepted_tokens),
-    )
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens,
+        state_indices, num_accepted_tokens,
+    )  # fmt: skip
     options = (
-        *("recurrent", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel),
-        *(lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first),
-        *(head_order, precision, checkpoint_interval, inplace_final_state),
-    )
-    key = repeat.key_of(arrays, options)
-    results = repeat.results_of(key, arrays)
+        "recurrent", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        precision, checkpoint_interval, inplace_final_state,
+    )  # fmt: skip
+    results = repeat.results_of(arrays, options)
     if results is None:
         problem = prepare(
             q,
@@ -468,9 +465,9 @@ def fused_recurrent_gated_delta_rule(
             out=out,
         )
         run(problem, "recurrent")
-        repeat.remember(key, arrays, problem)
+        repeat.remember(arrays, options, problem)
         results = problem.results()
-    return cast("tuple[ArrayT, ...]", results)
+    return results
 
 
 def chunk_kda(
@@ -703,16 +700,15 @@ def fused_recurrent_kda(
     [0.5] [0.5 0. ]
     """
     arrays = (
-        *(q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens),
-        *(state_indices, num_accepted_tokens),
-    )
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens,
+        state_indices, num_accepted_tokens,
+    )  # fmt: skip
     options = (
-        *("kda", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel),
-        *(lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first),
-        *(head_order, precision, checkpoint_interval, inplace_final_state),
-    )
-    key = repeat.key_of(arrays, options)
-    results = repeat.results_of(key, arrays)
+        "kda", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        precision, checkpoint_interval, inplace_final_state,
+    )  # fmt: skip
+    results = repeat.results_of(arrays, options)
     if results is None:
         problem = prepare(
             q,
@@ -742,9 +738,9 @@ def fused_recurrent_kda(
             per_channel_only=True,
         )
         run(problem, "recurrent")
-        repeat.remember(key, arrays, problem)
+        repeat.remember(arrays, options, problem)
         results = problem.results()
-    return cast("tuple[ArrayT, ...]", results)
+    return results
 
 
 def chunk_local_cumsum(

@@ -6,7 +6,7 @@ and run every time. Nothing is allocated or written before all have passed.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class Problem:
         """The device of every array of the call."""
         return self.q.device
 
-    def results(self) -> "tuple[object, ...]":
+    def results(self) -> "tuple[Any, ...]":
         """Return what the user gets: ``(o, final_state)`` and the checkpoints if asked for."""
         final_state = None if self.final_state is None else self.final_state.owner
         if self.checkpoints is None:

@@ -7,127 +7,145 @@ as expected takes the long way (`nbdelta.problem`), which knows how to say so.
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
 
 from nbdelta.arrays import numpy_address, view
+from nbdelta.dispatch import stage
 from nbdelta.problem import Problem
 
-Key = tuple[Any, ...]
-
+Arrays = tuple[Any, ...]
 # places of arguments in a call's arrays, which come in the order of `nbdelta.structure.Arrays`
-INITIAL_STATE, OUT, CU_SEQLENS, STATE_INDICES, ACCEPTED = 5, 8, 9, 10, 11
-FINAL_STATE = 12
+INITIAL_STATE, OUT, CU_SEQLENS, STATE_INDICES, ACCEPTED, FINAL_STATE = 5, 8, 9, 10, 11, 12
 
-_plans: dict[Key, "_Plan"] = {}
-_PLANS_AT_MOST = 256
+# the newest first; calls of one loop have few structures
+_plans: list["_Plan"] = []
+_PLANS_AT_MOST = 64
 
 
-def key_of(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Key | None:
-    """Return what decides how a call goes, but for addresses and contents.
+def results_of(arrays: Arrays, options: tuple[object, ...]) -> tuple[Any, ...] | None:
+    """Make a call the short way, if it has one.
 
     Parameters
     ----------
     arrays : tuple
         What the user gave, in the order of `nbdelta.structure.Arrays`.
     options : tuple
-        All other arguments. Equal ones of different types (1 and True) are not the same.
+        All other arguments, and what tells the functions apart.
 
     Returns
     -------
     tuple or None
-        ``None``: such a call has no short way.
+        What the user gets. ``None``: nothing was done, the call has to go the long way.
     """
-    if arrays[CU_SEQLENS] is not None or arrays[ACCEPTED] is not None:
-        return None
-    looks = [
-        (x.dtype, x.shape, x.strides, x.flags.writeable)
-        if type(x) is np.ndarray
-        else 0
-        if x is None
-        else _look_of(x)
-        for x in arrays
-    ]
-    return None if None in looks else (options, *map(type, options), *looks)
+    for plan in _plans:
+        if plan.fits(options):
+            results = plan.run(arrays)
+            if results is not None:
+                return results
+    return None
 
 
-def _look_of(x: Any) -> Key | None:
-    torch = sys.modules.get("torch")
-    if torch is None or type(x) is not torch.Tensor or x.requires_grad or x.is_neg():
-        return None
-    return x.dtype, x.shape, x.stride(), x.layout, x.device
+def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> None:
+    """Keep the plan of a call that went the long way, token by token.
 
-
-def results_of(key: Key | None, arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Make a call the short way; ``None``: nothing was done, it has to go the long way."""
-    try:
-        plan = _plans.get(key)  # type: ignore[arg-type]
-    except TypeError:  # an option that cannot be hashed is none
-        return None
-    return None if plan is None else plan.run(arrays)
-
-
-def remember(key: Key | None, arrays: tuple[Any, ...], problem: Problem) -> None:
-    """Keep the plan of a call that went the long way, token by token."""
+    Packed sequences and checkpoints have none, nor have arrays of unusual kinds.
+    """
     p = problem
-    if key is None or p.device != "cpu" or p.checkpoints is not None or 0 in (p.B, p.T):
+    unfit = arrays[CU_SEQLENS] is not None or arrays[ACCEPTED] is not None or p.checkpoints
+    if unfit or 0 in (p.B, p.T):
         return
-    if arrays[STATE_INDICES] is not None and view(arrays[STATE_INDICES], "").dtype == "uint64":
-        return  # its numbers may not be those of an int64
-    if len(_plans) >= _PLANS_AT_MOST:
-        _plans.clear()
-    _plans[key] = _Plan(arrays, problem)
+    slots = arrays[STATE_INDICES]
+    if p.device != "cpu" and slots is not None and view(slots, "").device == "cpu":
+        return
+    readers: dict[int, Reader] = {}
+    for i, x in enumerate(arrays):
+        if x is not None:
+            read = _reader(x)
+            if read is None:
+                return
+            readers[i] = read
+    _plans.insert(0, _Plan(arrays, options, readers, problem))
+    del _plans[_PLANS_AT_MOST:]
 
 
 class _Plan:
     """What is known of a call before its arrays."""
 
-    def __init__(self, arrays: tuple[Any, ...], problem: Problem) -> None:
-        from nbdelta.cpu import recurrent
-
-        self.start, self.places = recurrent.start, recurrent.PLACES
+    def __init__(
+        self,
+        arrays: Arrays,
+        options: tuple[object, ...],
+        readers: "dict[int, Reader]",
+        problem: Problem,
+    ) -> None:
+        recurrent = stage("recurrent", problem.device)
+        self.options, self.types = options, [*map(type, options)]
+        self.start, places = recurrent.start, recurrent.PLACES
         self.job = recurrent.job_of(problem)
-        given = [i for i, x in enumerate(arrays) if x is not None]
-        self.given = [(i, self.places[i], _address_of(arrays[i])) for i in given]
+        self.given = [(i, places[i], read) for i, read in readers.items()]
+        self.absent = [i for i, x in enumerate(arrays) if x is None]
+        self.state_place, self.final_place = places[INITIAL_STATE], places[FINAL_STATE]
+        self.out_place, self.slots_place = places[OUT], places[STATE_INDICES]
         self.n_slots = -1
-        if arrays[STATE_INDICES] is not None:
+        if arrays[STATE_INDICES] is not None and problem.device == "cpu":
+            # (those on a device are not read by the host)
             self.n_slots = arrays[INITIAL_STATE].shape[0]
         final = problem.final_state
         self.in_place = final is not None and final.owner is arrays[INITIAL_STATE]
-        self.new_o = None if arrays[OUT] is not None else _maker(problem.o.owner)
+        self.new_out = None if arrays[OUT] is not None else _maker(problem.o.owner)
         self.new_state = None if final is None or self.in_place else _maker(final.owner)
         # the bytes of those that are written to must not meet those of any other one
-        extents = {i: view(arrays[i], "").extent() for i in given}
-        written = [i for i in (OUT, INITIAL_STATE) if i in given and (i == OUT or self.in_place)]
+        extents = {i: view(arrays[i], "").extent() for i in readers}
+        self.written = [OUT] * (arrays[OUT] is not None) + [INITIAL_STATE] * self.in_place
         self.apart = [
-            (self.places[i], *extents[i], [(self.places[j], *extents[j]) for j in given if j != i])
-            for i in written
+            (places[i], *extents[i], [(places[j], *extents[j]) for j in extents if j != i])
+            for i in self.written
         ]
 
-    def run(self, arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        desc, places = self.job.desc[:], self.places
-        for i, place, address_of in self.given:
-            desc[place] = address_of(arrays[i])
+    def fits(self, options: tuple[object, ...]) -> bool:
+        """Whether the options are the same; equal ones of other types (1 for True) are not."""
+        if all(map(is_, options, self.options)):
+            return True
+        return options == self.options and [*map(type, options)] == self.types
+
+    def run(self, arrays: Arrays) -> tuple[Any, ...] | None:
+        """Return the results for other arrays, or ``None`` if they are not as expected."""
+        desc = self.job.desc[:]
+        for i, place, read in self.given:
+            at = desc[place] = read(arrays[i])
+            if at < 0:
+                return None
+        for i in self.absent:
+            if arrays[i] is not None:
+                return None
         for place, low, high, others in self.apart:
             low, high = low + desc[place], high + desc[place]
             for other, start, end in others:
                 if desc[other] + start < high and low < desc[other] + end:
                     return None
+        for i in self.written:
+            if type(arrays[i]) is np.ndarray and not arrays[i].flags.writeable:
+                return None
         if self.n_slots >= 0:
-            slots = np.array(arrays[STATE_INDICES], np.int64, order="C")
+            given = arrays[STATE_INDICES]
+            given = given if isinstance(given, np.ndarray) else given.numpy()
+            slots = np.array(given, np.int64, order="C")
             if not _are_slots(slots.tolist(), self.n_slots):
                 return None
-            desc[places[STATE_INDICES]] = numpy_address(slots)
-        o, state = arrays[OUT], None
-        if self.new_o is not None:
-            o, desc[places[OUT]] = self.new_o()
+            desc[self.slots_place] = numpy_address(slots)
+        out, state = arrays[OUT], None
+        if self.new_out is not None:
+            out, desc[self.out_place] = self.new_out()
         if self.in_place:
-            state, desc[places[FINAL_STATE]] = arrays[INITIAL_STATE], desc[places[INITIAL_STATE]]
+            state, desc[self.final_place] = arrays[INITIAL_STATE], desc[self.state_place]
         elif self.new_state is not None:
-            state, desc[places[FINAL_STATE]] = self.new_state()
+            state, desc[self.final_place] = self.new_state()
         self.start(self.job, desc)
-        return o, state
+        return out, state
 
 
 def _are_slots(slots: list[int], n_slots: int) -> bool:
@@ -138,15 +156,53 @@ def _are_slots(slots: list[int], n_slots: int) -> bool:
     return min(taken) >= 0 and max(taken) < n_slots and len(set(taken)) == len(taken)
 
 
-def _address_of(x: Any) -> Callable[[Any], int]:
-    """Return the function that gives the address of an array like `x`."""
-    return numpy_address if isinstance(x, np.ndarray) else type(x).data_ptr  # type: ignore[no-any-return]
+# gives the address of an array, or OTHER if it is not what a plan is for
+Reader = Callable[[Any], int]
+OTHER = -1
+
+
+def _reader(x: Any) -> Reader | None:
+    """Return the reader of arrays that look like `x`; ``None``: `x` is of an unusual kind."""
+    if type(x) is np.ndarray:
+        return None if x.dtype == np.uint64 else _numpy_reader(x.dtype, x.shape, x.strides)
+    torch = sys.modules.get("torch")
+    if torch is not None and type(x) is torch.Tensor:
+        return _torch_reader(torch.Tensor, x.dtype, x.shape, x.stride(), x.layout, x.device)
+    return None
+
+
+def _numpy_reader(dtype: Any, shape: Any, strides: Any) -> Reader:
+    ndarray, address_of = np.ndarray, numpy_address
+
+    def read(x: Any) -> int:
+        if type(x) is ndarray and x.shape == shape and x.strides == strides and x.dtype == dtype:
+            return address_of(x)  # type: ignore[no-any-return]
+        return OTHER
+
+    return read
+
+
+def _torch_reader(Tensor: Any, *look: Any) -> Reader:
+    def read(x: Any) -> int:
+        if type(x) is not Tensor or x.requires_grad or x.is_neg():
+            return OTHER
+        if (x.dtype, x.shape, x.stride(), x.layout, x.device) != look:
+            return OTHER
+        return x.data_ptr()  # type: ignore[no-any-return]
+
+    return read
 
 
 def _maker(x: Any) -> Callable[[], tuple[Any, int]]:
     """Return the function that makes an array like `x`, C-contiguous, and gives its address."""
-    shape, dtype, address_of = tuple(x.shape), x.dtype, _address_of(x)
-    empty = np.empty if isinstance(x, np.ndarray) else sys.modules["torch"].empty
+    if isinstance(x, np.ndarray):
+        empty, address_of = np.empty, numpy_address
+    else:
+        torch = sys.modules["torch"]
+        empty, address_of = torch.empty, torch.Tensor.data_ptr
+        if not x.is_cpu:
+            empty = partial(empty, device=x.device)
+    shape, dtype = tuple(x.shape), x.dtype
 
     def make() -> tuple[Any, int]:
         made = empty(shape, dtype=dtype)

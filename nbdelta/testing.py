@@ -129,12 +129,15 @@ def rel_l2(x, ref, head_axis=2):
     return float(relative.max())
 
 
-def allowed_error(ref, dtype, head_axis=2, *, hard_gates=False):
+def allowed_error(ref, dtype, head_axis=2, *, hard_gates=False, products=None):
     """Return the bound on `rel_l2` of a result in `dtype`.
 
     float32: 2e-6, or 1e-5 with gates of any size; float64: 1e-12. For bfloat16 and float16 the
-    result can be no better than the rounded reference: twice its error and 1e-5.
+    result can be no better than the rounded reference: twice its error and 1e-5. Where matrices of
+    16 bits were multiplied (`products` is their dtype) the bound is 5e-3, or 1e-3 in float16.
     """
+    if products in ("bfloat16", "float16"):
+        return 5e-3 if products == "bfloat16" else 1e-3
     if dtype == "float64":
         return 1e-12
     if dtype == "float32":

@@ -14,6 +14,7 @@ import warnings
 from importlib.machinery import PathFinder
 
 import nbdelta
+from nbdelta.dispatch import rejection_reason
 
 __all__ = ["disable", "enable"]
 
@@ -51,8 +52,8 @@ def enable():
     attention by the library's usual names: Qwen3-Next, Qwen3.5 (dense and MoE), OLMo-Hybrid,
     Kimi-Linear, GLM-5-Next and relatives. Models made before the call are served as well.
 
-    Calls with tensors that are not on the CPU, or that require a gradient while gradients are on,
-    go to the function that was there before, and a warning says so once. Packed sequences
+    Calls with tensors on a device that cannot be served, or that require a gradient while gradients
+    are on, go to the function that was there before, and a warning says so once. Packed sequences
     (``cu_seq_lens_q`` or ``seq_idx`` in the model's call), which the PyTorch functions of
     transformers refuse or mix up, are kept apart, in the short convolution before the rule too.
 
@@ -188,20 +189,23 @@ def _serve_packed_convolution(original):
     @functools.wraps(original)
     def served(hidden_states, weight, *args, **kwargs):
         cu_seqlens = _boundaries(kwargs)
-        alone = hidden_states.shape[0] == 1 and hidden_states.device.type == "cpu"
+        served_here = rejection_reason(str(hidden_states.device)) is None
+        alone = hidden_states.shape[0] == 1 and served_here
         if cu_seqlens is None or not alone or not _patches or _is_tracing():
             return original(hidden_states, weight, *args, **kwargs)
         torch = _torch()
         length, look_back = hidden_states.shape[-1], weight.shape[-1] - 1
         # a cache puts what it kept of earlier tokens in front: that belongs to the first sequence
-        kept = length - int(cu_seqlens[-1])
-        starts = cu_seqlens[1:-1].to(torch.int64) + kept
-        if kept < 0 or (starts < 0).any() or (starts > length).any():
-            raise ValueError(
-                f"cu_seqlens: boundaries from 0 to the number of tokens ({length}) expected, "
-                f"got {cu_seqlens.tolist()}"
-            )
-        token = torch.arange(length)
+        starts = (cu_seqlens[1:-1] + (length - cu_seqlens[-1])).to(hidden_states.device)
+        if cu_seqlens.device.type == "cpu":
+            if cu_seqlens[-1] > length or (starts < 0).any() or (starts > length).any():
+                raise ValueError(
+                    f"cu_seqlens: boundaries from 0 to the number of tokens ({length}) expected, "
+                    f"got {cu_seqlens.tolist()}"
+                )
+        else:  # looking would wait for the device
+            starts = starts.clamp(0, length)
+        token = torch.arange(length, dtype=starts.dtype, device=starts.device)
         place = token + look_back * torch.searchsorted(starts, token, right=True)
         spread = hidden_states.new_zeros(*hidden_states.shape[:2], length + look_back * len(starts))
         spread[..., place] = hidden_states
@@ -231,8 +235,9 @@ def _rejection_reason(given):
         # subclasses (fake, distributed, quantised) have no memory to hand to a kernel
         if type(x) not in (torch.Tensor, torch.nn.Parameter):
             return f"got a {type(x).__name__} where a plain tensor is needed"
-        if x.device.type != "cpu":
-            return f"the tensors are on {x.device}, and nbdelta serves the CPU alone so far"
+        reason = rejection_reason(str(x.device))
+        if reason is not None:
+            return f"the tensors are on {x.device}: {reason}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "the tensors require a gradient (torch.no_grad() or torch.inference_mode() helps)"
     dtypes = {given[name].dtype for name in ("query", "key", "value")}

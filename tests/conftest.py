@@ -1,4 +1,5 @@
 import ctypes
+import math
 
 import devices
 import numpy as np
@@ -19,18 +20,17 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-# parameters of one test that run on a device that is not really there
-FEW = 10
+# parameters of a test that run on a device that is not really there
+FEW = {"sim": 4, "emu": 8}
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--device",
         choices=devices.NAMES,
-        default="cpu",
-        help="where the kernels run: cpu; gpu; sim, Numba's CUDA simulator; emu, the PTX emulator. "
-        "All but cpu run the tests that have a device, and no other ones; sim and emu run a few of "
-        "each test's parameters, at small sizes.",
+        help="where the kernels run: cpu; gpu (also by -m gpu); sim, Numba's CUDA simulator; emu, "
+        "the PTX emulator. All but cpu run the tests that have a device, and no other ones; sim "
+        "and emu run a few of each test's parameters, at small sizes.",
     )
     parser.addoption(
         "--all-parameters", action="store_true", help="with --device sim or emu: all parameters"
@@ -38,16 +38,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.unusable_device = devices.prepare(config.getoption("device"))
+    by_marker = "gpu" if config.getoption("markexpr") == "gpu" else "cpu"
+    config.device = config.getoption("device") or by_marker
+    config.unusable_device = devices.prepare(config.device)
 
 
 def pytest_collection_modifyitems(config, items):
-    name = config.getoption("device")
+    name = config.device
     if name == "cpu":
         return
     chosen = [item for item in items if "device" in item.fixturenames]
     if name != "gpu" and not config.getoption("all_parameters"):
-        chosen = list(few_of_each(chosen))
+        chosen = list(few_of_each(chosen, FEW[name]))
     for item in chosen:
         item.add_marker(pytest.mark.gpu)
     kept = set(chosen)
@@ -55,19 +57,23 @@ def pytest_collection_modifyitems(config, items):
     items[:] = chosen
 
 
-def few_of_each(items):
-    """Keep `FEW` of the parameters of every test, spread over all of them."""
+def few_of_each(items, count):
+    """Keep so many of the parameters of every test, spread over all of them."""
     groups = {}
     for item in items:
         groups.setdefault((item.path, item.originalname), []).append(item)
     for group in groups.values():
-        yield from group[:: -(-len(group) // FEW)]
+        step = -(-len(group) // count)
+        # with a divisor of their number, one of two parameters would stay the same
+        while math.gcd(step, len(group)) > 1 and step < len(group):
+            step += 1
+        yield from group[::step]
 
 
 @pytest.fixture
 def device(request, monkeypatch):
     """Name of the device that a test runs on; the public functions work there."""
-    name = request.config.getoption("device")
+    name = request.config.device
     if request.config.unusable_device:
         pytest.skip(request.config.unusable_device)
     if name != "cpu":
@@ -91,10 +97,9 @@ class _NanFilling:
 @pytest.fixture(autouse=True)
 def nan_filled_outputs(monkeypatch):
     """Fill every output with NaN before the kernels see it: what they leave out is then seen."""
-    from nbdelta import arrays, repeat
+    from nbdelta import arrays
 
     monkeypatch.setattr(arrays, "np", _NanFilling())
-    monkeypatch.setattr(repeat, "np", _NanFilling())
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,14 @@ def _is_numbers(x):
     return isinstance(x, np.ndarray) and x.dtype.kind not in "iub"
 
 
+def send(array):
+    """Bring an array to the device and leave it there."""
+    memory = Memory(array)
+    there = OnDevice(array, memory.address)
+    there.memory = memory
+    return there
+
+
 def on_device(function, largest):
     """Return the function with its arrays of numbers on the device for the time of the call."""
 

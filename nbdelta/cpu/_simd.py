@@ -372,8 +372,9 @@ class Emitter:
 
     def select(self, a, less_than, b, then, other):
         """Return ``then if a < b else other``, lane by lane; a NaN compares false."""
-        a, b = a, self.like(a, b)
-        mask = self.b.fcmp_ordered(less_than, a.ir, b.ir)
+        whole = isinstance(a.ir.type, ir.IntType)
+        compare = self.b.icmp_signed if whole else self.b.fcmp_ordered
+        mask = compare(less_than, a.ir, self.like(a, b).ir)
         return Value(self, self.b.select(mask, self.like(a, then).ir, self.like(a, other).ir))
 
     def plain_nan(self, x):
@@ -383,6 +384,20 @@ class Emitter:
 
     def shuffle(self, a, b, indices):
         return Value(self, self.b.shuffle_vector(a.ir, b.ir, _indices(indices)))
+
+    def join(self, parts):
+        """Return vectors one behind the other as one."""
+        while len(parts) > 1:
+            n = range(2 * parts[0].ir.type.count)
+            parts = [self.shuffle(a, b, n) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def split(self, x, n):
+        """Return a vector as n parts."""
+        lanes = x.ir.type.count // n
+        if n == 1:
+            return [x]
+        return [self.shuffle(x, x, range(i * lanes, (i + 1) * lanes)) for i in range(n)]
 
     def set_lane(self, x, lane, number):
         """Replace one lane, whatever it holds, NaN too."""

@@ -1,24 +1,40 @@
-"""Tile of the triangular solves."""
+"""Tiles of the triangular solves."""
 
 from nbdelta.cpu._simd import tile
-from nbdelta.cpu._tiles import fma_panel
 
 
 @tile
-def solve(e, panel, strip, n, first, b, b_step, inverse):
-    """Rows first.. of x = D^-1 b - (D^-1 L) x, stored behind the n rows of the strip.
+def invert(e, diagonal, inverse, negative):
+    """1 / D and -1 / D of 16 numbers."""
+    x = 1.0 / e.load(diagonal)
+    e.store(x, inverse)
+    e.store(x * -1.0, negative)
 
-    The panel holds -D^-1 L column by column: earlier rows of x are part of the loop, the triangle
-    of this tile is solved in registers.
+
+@tile
+def solve(e, panel, x, n, first, b, b_step, inverse, out, out_step):
+    """Rows first.. of x = D^-1 b - (D^-1 L) x, behind the n rows of `x` that are known, and to
+    `out`.
+
+    The panel holds -D^-1 L column by column: rows that are known are a product, and the triangle of
+    this tile is solved in registers.
     """
-    b, panel = b + first * b_step, panel + first * e.size
-    acc = [
-        e.load(b + b_step * i) * e.bcast(inverse + first * e.size, i * e.size) for i in range(e.mr)
-    ]
-    n = n + first
-    acc = fma_panel(e, acc, panel, strip, n, maybe_empty=True)
-    triangle, x = panel + n * e.row, strip + n * e.row
-    for j in range(e.mr):
-        e.store(acc[j], x, j * e.row)
+    rows = range(e.mr)
+    panel, inverse = panel + first * e.size, inverse + first * e.size
+    b, out = b + first * b_step, out + first * out_step
+    acc = [e.load(b + b_step * i) * e.bcast(inverse, i * e.size) for i in rows]
+
+    def body(offset, acc):
+        for u in rows:
+            known, column = e.load(x + offset, u * e.row), panel + offset
+            acc = [e.fma(e.bcast(column, u * e.row + i * e.size), known, acc[i]) for i in rows]
+        return acc
+
+    done = (n + first) * e.row
+    acc = e.loop(done, acc, body, e.mr * e.row, maybe_empty=True)
+    for j in rows:
+        e.store(acc[j], x + done, j * e.row)
+        e.store(acc[j], out + out_step * j)
         for i in range(j + 1, e.mr):
-            acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
+            factor = e.bcast(panel + done, j * e.row + i * e.size)
+            acc[i] = e.fma(factor, acc[j], acc[i])

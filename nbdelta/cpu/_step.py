@@ -12,6 +12,7 @@ from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import zero_rows
 from nbdelta.cpu._simd import W, itemsize
 from nbdelta.cpu._step_tiles import (
+    LINE,
     ROWS,
     finish_sums,
     read_row,
@@ -31,6 +32,8 @@ def step(
     SIZE, half = itemsize(REAL), V * itemsize(STATE) // 2
     key, second = (K + W - 1) // W * W * SIZE, V * SIZE
     decay = gated + 2 * key
+    # registers of sums are to be aligned where those of the state are
+    sums += source % LINE
     zero_rows(REAL, sums, 2 * V // W)
     ahead = source + K * half
     i = 0

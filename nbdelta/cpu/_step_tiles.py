@@ -108,83 +108,133 @@ def finish_sums(e, dtype, v, beta, scale, qk, n, sums, o):
     e.loop(width, [], body, e.row)
 
 
-def _fetch(e, ahead, column, lines):
-    """Bring `lines` lines for every 16 columns into the cache."""
-    for line in range(lines):
-        e.prefetch(ahead + column * (lines * LINE // W) + line * LINE)
+# ---- whole rows of a state, a register of columns after the other ----
 
 
-def _load(e, dtype, address):
-    """16 columns of a state."""
+def _lanes(e, dtype):
+    return W // 2 if paired(dtype) else e.lanes
+
+
+def _over_columns(e, dtype, state, n, body):
+    """Emit ``body(columns)`` for all n columns of a row, a register at a time.
+
+    Registers begin where `state` is aligned on their size, or on 16 bytes. What is before the first
+    and after the last one goes together as one register, of which `columns` are the first ones of
+    its parts. NumPy's arrays begin 16 bytes behind a line: with half of all accesses across lines a
+    step took a quarter longer.
+    """
+    lanes, part = _lanes(e, dtype), 16 // size_of(dtype)
+
+    def loop(first, end, *offsets):
+        def emit(i, carried):
+            for offset in offsets:
+                body([first + i + offset])
+            return carried
+
+        e.loop(end - first, [], emit, len(offsets) * lanes, maybe_empty=True)
+
     if paired(dtype):
-        return e.load_pairs(address)
-    size = size_of(dtype)
-    return [e.load_as(dtype, address + c * size, e.lanes) for c in range(0, W, e.lanes)]
+        e.loop(n, [], lambda column, carried: body([column]) or carried, W)
+        return
+    begin, end = e.integer(0), n
+    if size_of(dtype) == e.size and lanes > part:
+        width = lanes * e.size
+        begin = (width - state % width) // 16 * part % lanes
+        end = n - (lanes - begin) % lanes
+        columns = [e.integer(i) for i in range(0, lanes, part)]
+        columns = [e.select(i, "<", begin, i, i + (n - lanes)) for i in columns]
+        e.loop(begin, [], lambda _, carried: body(columns) or carried, lanes, maybe_empty=True)
+    pairs = begin + (end - begin) // (2 * lanes) * (2 * lanes)
+    loop(begin, pairs, 0, lanes)
+    loop(pairs, end, 0)
 
 
-def _store(e, dtype, values, address):
+def _load(e, dtype, address, columns):
+    """Columns of a state as a list of registers."""
     if paired(dtype):
-        e.store_pairs(values, address)
+        return e.load_pairs(address + columns[0] * 2)
+    size, lanes = size_of(dtype), e.lanes // len(columns)
+    return [e.join([e.load_as(dtype, address + c * size, lanes) for c in columns])]
+
+
+def _store(e, dtype, values, address, columns):
+    if paired(dtype):
+        e.store_pairs(values, address + columns[0] * 2)
+        return
+    for c, value in zip(columns, e.split(values[0], len(columns)), strict=True):
+        e.store_as(dtype, value, address + c * size_of(dtype), e.lanes // len(columns))
+
+
+def _scratch_row(e, dtype, address, columns):
+    """Numbers of a row of scratch in registers, as `_load` has them."""
+    if paired(dtype):
+        starts = [columns[0], columns[0] + W // 2]
+        return [e.load(address + c * e.size, 0, W // 2) for c in starts]
+    lanes = e.lanes // len(columns)
+    return [e.join([e.load(address + c * e.size, 0, lanes) for c in columns])]
+
+
+def _add(e, dtype, address, columns, factors, state):
+    """Add the products of factors and registers of the state to a row of scratch."""
+    sums = _scratch_row(e, dtype, address, columns)
+    for factor, s in zip(factors, state, strict=True):
+        sums = [e.fma(x, factor, y) for x, y in zip(s, sums, strict=True)]
+    if paired(dtype):
+        columns = [columns[0], columns[0] + W // 2]
     else:
-        for i, value in enumerate(values):
-            e.store_as(dtype, value, address + i * e.lanes * size_of(dtype), e.lanes)
-
-
-def _parts(e, dtype, address, column):
-    """16 numbers of a row of scratch, in as many registers as those of the state."""
-    lanes = W // 2 if paired(dtype) else e.lanes
-    return [e.load(address + column * e.size, c * e.size, lanes) for c in range(0, W, lanes)]
+        sums = e.split(sums[0], len(columns))
+    for c, x in zip(columns, sums, strict=True):
+        e.store(x, address + c * e.size)
 
 
 def _factors(e, dtype, address, rows):
-    lanes = W // 2 if paired(dtype) else e.lanes
-    values = [e.bcast(address, i * e.size, lanes) for i in range(rows)]
+    values = [e.bcast(address, i * e.size, _lanes(e, dtype)) for i in range(rows)]
     return [e.plain_nan(x) for x in values] if paired(dtype) else values
+
+
+def _fetch(e, dtype, ahead, column, rows):
+    """Bring half as many bytes into the cache as the rows have in the columns of a register."""
+    half = rows * size_of(dtype) // 2
+    for line in range(0, half * (W if paired(dtype) else e.lanes), LINE):
+        e.prefetch(ahead + column * half + line)
 
 
 def _state_rows(rows):
     """Make the tiles that read and write `rows` rows of a state [K, V].
 
     Both fetch half as many bytes from `ahead` on, so that what comes later is brought into the
-    cache evenly over the whole step.
+    cache evenly over the whole step. A single row fetches nothing.
     """
 
     @tile
     def read_rows(e, dtype, source, step, n, gated, width, sums, second, ahead):
         """Sums += S^T e^g k, and `second` bytes further += S^T e^g q, for n columns."""
-        keys = _factors(e, dtype, gated, rows)
-        queries = _factors(e, dtype, gated + width, rows)
+        keys, queries = _factors(e, dtype, gated, rows), _factors(e, dtype, gated + width, rows)
 
-        def body(column, carried):
-            _fetch(e, ahead, column, rows * W * size_of(dtype) // (2 * LINE))
-            a, b = _parts(e, dtype, sums, column), _parts(e, dtype, sums + second, column)
-            for i in range(rows):
-                s = _load(e, dtype, source + step * i + column * size_of(dtype))
-                a = [e.fma(x, keys[i], y) for x, y in zip(s, a, strict=True)]
-                b = [e.fma(x, queries[i], y) for x, y in zip(s, b, strict=True)]
-            for i, (x, y) in enumerate(zip(a, b, strict=True)):
-                place = sums + (column + i * (W // len(a))) * e.size
-                e.store(x, place)
-                e.store(y, place + second)
-            return carried
+        def body(columns):
+            if rows > 1:
+                _fetch(e, dtype, ahead, columns[0], rows)
+            state = [_load(e, dtype, source + step * i, columns) for i in range(rows)]
+            _add(e, dtype, sums, columns, keys, state)
+            _add(e, dtype, sums + second, columns, queries, state)
 
-        e.loop(n, [], body, W)
+        _over_columns(e, dtype, source, n, body)
 
     @tile
     def write_rows(e, dtype, source, step, target, target_step, n, k, decay, d, ahead):
         """S = e^g S + k d^T for n columns."""
         keys, decays = _factors(e, dtype, k, rows), _factors(e, dtype, decay, rows)
 
-        def body(column, carried):
-            _fetch(e, ahead, column, rows * W * size_of(dtype) // (2 * LINE))
-            errors, at = _parts(e, dtype, d, column), column * size_of(dtype)
+        def body(columns):
+            if rows > 1:
+                _fetch(e, dtype, ahead, columns[0], rows)
+            errors = _scratch_row(e, dtype, d, columns)
             for i in range(rows):
-                s = _load(e, dtype, source + step * i + at)
+                s = _load(e, dtype, source + step * i, columns)
                 s = [e.fma(keys[i], x, y * decays[i]) for x, y in zip(errors, s, strict=True)]
-                _store(e, dtype, s, target + target_step * i + at)
-            return carried
+                _store(e, dtype, s, target + target_step * i, columns)
 
-        e.loop(n, [], body, W)
+        _over_columns(e, dtype, source, n, body)
 
     return read_rows, write_rows
 
@@ -226,14 +276,14 @@ def read_values(e, dtype, source, step, n, gated, width, sums, second, ahead):
 @tile
 def write_values(e, dtype, source, step, target, target_step, n, k, decay, d, ahead):
     """As `write_rows`, for 16 rows of a state [V, K]."""
-    lines = ROWS * W * size_of(dtype) // (2 * LINE)
     for first in range(0, W, ROWS):
         values = range(first, first + ROWS)
         errors = [e.bcast(d, i * e.size, e.lanes) for i in values]
 
         def body(column, carried, values=values, errors=errors, first=first):
-            _fetch(e, ahead + n * (first // ROWS * lines * LINE // W), column, lines)
+            start = ahead + n * (first * size_of(dtype) // 2)
             for c in range(0, W, e.lanes):
+                _fetch(e, dtype, start, column + c, ROWS)
                 x = e.load(k + column * e.size, c * e.size, e.lanes)
                 w = e.load(decay + column * e.size, c * e.size, e.lanes)
                 for i, error in zip(values, errors, strict=True):

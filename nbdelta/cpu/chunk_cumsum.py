@@ -8,12 +8,13 @@ the layout does not change a bit.
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from nbdelta.arrays import ITEMSIZE
 from nbdelta.cpu._call import (
     ITEMS,
     LENGTH,
@@ -47,14 +48,14 @@ from nbdelta.cpu._team import run, thread_count
 # descriptor fields of this kernel: table of (address of x, of the result, steps, lanes) of every
 # block; lanes of a unit of work, units of a block, of all blocks, of an item; lanes of x that lie
 # side by side; whether steps do, whether to go backwards, and whether the result is large
-BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, REVERSE, STREAMING = range(88, 97)
+BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, STREAMING, REVERSE = range(88, 97)
 
 # most lanes that are added up side by side: their totals and a staged row stay in the first cache
 ROW = 2048
 # bytes of a result that does not pass through the caches, unless it is written in shorter runs
 LARGE, LONG_RUN = 1 << 23, 1 << 11
-# bytes below which starting other threads takes longer than the work
-SERIAL_BYTES = 1 << 19
+# bytes below which the work is not shared, and numbers below which no thread is woken for it
+SERIAL_BYTES, BRIEF = 1 << 18, 1 << 20
 
 
 def chunk_bounds(length, chunk_size, cu_seqlens=None):
@@ -67,12 +68,11 @@ def chunk_bounds(length, chunk_size, cu_seqlens=None):
     return np.ascontiguousarray(bounds, np.int64)
 
 
-def addresses(view, axes):
-    """Address of every index over `axes`, in C order."""
-    result = np.full(1, view.address, np.int64)
-    for axis in axes:
-        steps = np.arange(view.shape[axis], dtype=np.int64) * view.strides[axis]
-        result = (result[:, None] + steps).ravel()
+def offsets(shape, strides):
+    """Byte offset of every index, in C order."""
+    result = np.zeros(1, np.int64)
+    for size, stride in zip(shape, strides):
+        result = (result[:, None] + np.arange(size) * stride).ravel()
     return result
 
 
@@ -246,19 +246,19 @@ def _merge(axes):
     return merged
 
 
-def _table(places, steps, axes, lanes):
+def _table(places, length, axes, lanes):
     """Table of the blocks over all `axes`, from places along the axis of the sums."""
     table = np.empty((len(places), 4), np.int64)
-    table[:, :2], table[:, 2], table[:, 3] = places, steps, lanes
+    table[:, :2], table[:, 2], table[:, 3] = places, length, lanes
     for axis in axes:
-        offsets = np.arange(axis.size)[:, None] * (axis.x, axis.out, 0, 0)
-        table = (table[:, None] + offsets).reshape(-1, 4)
+        steps = np.arange(axis.size)[:, None] * (axis.x, axis.out, 0, 0)
+        table = (table[:, None] + steps).reshape(-1, 4)
     return table
 
 
-def _cut(x, out, chunk_size, axis, cu_seqlens):
+def _cut(shape, strides, out_strides, chunk_size, axis, cu_seqlens):
     """Cut arrays into blocks: their table; axes of the sums, the lanes, and pieces of lanes."""
-    axes = [_Axis(*a) for a in zip(x.shape, x.strides, out.strides)]
+    axes = [_Axis(*a) for a in zip(shape, strides, out_strides)]
     step = axes.pop(axis)
     if cu_seqlens is None:
         whole, rest = divmod(step.size, chunk_size)
@@ -284,11 +284,43 @@ def _cut(x, out, chunk_size, axis, cu_seqlens):
                 piece = a
     tables = []
     for axes, first, steps in parts:
-        places = np.array(first)[:, None] * (step.x, step.out) + (x.address, out.address)
+        places = np.array(first)[:, None] * (step.x, step.out)
         others = [a for a in axes if a not in (lane, piece)]
         lanes = (lane.size if lane in axes else 1) * piece.size
         tables.append(_table(places, steps, others, lanes))
     return np.concatenate(tables), step, lane, piece
+
+
+class _Plan(NamedTuple):
+    """A call but for its addresses, direction and scale."""
+
+    desc: np.ndarray
+    blocks: np.ndarray
+    items: int
+    threads: int
+
+
+def _plan(shape, strides, out_strides, dtypes, chunk_size, axis, cu_seqlens, threads):
+    blocks, step, lane, piece = _cut(shape, strides, out_strides, chunk_size, axis, cu_seqlens)
+    lanes, along = lane.size * piece.size, step.distance <= lane.distance
+    size = math.prod(shape) * ITEMSIZE[dtypes[1]]
+    threads = threads if size >= SERIAL_BYTES else 1
+    # rows as long as can be, or lanes as many, and enough pieces of work
+    tile = W if along else lane.size if piece.size > 1 else 8 * W
+    most = ROW // min(chunk_size, ROW) if along else min(ROW, lanes * len(blocks) // (8 * threads))
+    width = max(tile, most // tile * tile)
+    per_block = -(-lanes // width)
+    units = len(blocks) * per_block
+    per_item = max(1, units // (32 * threads))
+    desc = np.zeros(LENGTH, np.int64)
+    desc[G + 1 : G + 5] = DTYPES.index(dtypes[0]), step.x, lane.x, piece.x
+    desc[O + 1 : O + 4] = DTYPES.index(dtypes[1]), step.out, lane.out
+    desc[WIDTH : ALONG + 1] = width, per_block, units, per_item, lane.size, along
+    desc[STREAMING] = size >= LARGE
+    return _Plan(desc, blocks, -(-units // per_item), threads)
+
+
+_kept_plan = lru_cache(maxsize=16)(_plan)
 
 
 def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
@@ -312,24 +344,13 @@ def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
     if 0 in x.shape:
         return
     REAL = np.float64 if out.dtype == "float64" else np.float32
-    blocks, step, lane, piece = _cut(x, out, chunk_size, axis, cu_seqlens)
-    lanes, along = lane.size * piece.size, step.distance <= lane.distance
-    size = math.prod(x.shape)
-    threads = thread_count() if size * out.itemsize >= SERIAL_BYTES else 1
-    # rows as long as can be, or lanes as many, and enough pieces of work
-    tile = W if along else lane.size if piece.size > 1 else 8 * W
-    most = ROW // min(chunk_size, ROW) if along else min(ROW, lanes * len(blocks) // (8 * threads))
-    width = max(tile, most // tile * tile)
-    per_block = -(-lanes // width)
-    units = len(blocks) * per_block
-    per_item = max(1, units // (32 * threads))
-    desc = np.zeros(LENGTH, np.int64)
-    desc[G + 1 : G + 5] = DTYPES.index(x.dtype), step.x, lane.x, piece.x
-    desc[O + 1 : O + 4] = DTYPES.index(out.dtype), step.out, lane.out
-    desc[BLOCKS : REVERSE + 1] = (
-        blocks.ctypes.data, width, per_block, units, per_item, lane.size, along, reverse,
+    plan = (_kept_plan if cu_seqlens is None else _plan)(
+        x.shape, x.strides, out.strides, (x.dtype, out.dtype), chunk_size, axis, cu_seqlens,
+        thread_count(),
     )  # fmt: skip
-    desc[STREAMING] = size * out.itemsize >= LARGE
+    desc, blocks = plan.desc.copy(), plan.blocks + np.array((x.address, out.address, 0, 0))
+    desc[BLOCKS], desc[REVERSE] = blocks.ctypes.data, reverse
     put_float(desc, SCALE, scale)
+    brief = math.prod(x.shape) < BRIEF
     scratch = 2 * ROW * np.dtype(REAL).itemsize
-    run(_cumsum_kernel(REAL), desc, -(-units // per_item), scratch, threads)
+    run(_cumsum_kernel(REAL), desc, plan.items, scratch, plan.threads, brief)

@@ -73,7 +73,7 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import W, itemsize, read_int64
 from nbdelta.cpu._step import step, step_v_first
-from nbdelta.cpu._step_tiles import channel_gates, dot_row, head_gate, inverse_norm, scale_row
+from nbdelta.cpu._step_tiles import LINE, channel_gates, dot_row, head_gate, inverse_norm, scale_row
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import sigmoid_row
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
@@ -88,15 +88,15 @@ BRIEF_BYTES = 1 << 22
 def layout(base, SIZE, KP, VP):
     """Addresses of a worker's buffers from `base` on, and their end.
 
-    In this order: the state; k, q, g; e^g k, e^g q, e^g; bias; v, o; sums S^T k, S^T q; the place
-    of a single number.
+    In this order: the state; k, q, g; e^g k, e^g q, e^g; bias; v, o; sums S^T k, S^T q, which begin
+    somewhere in a line; the place of a single number.
     """
     k = base + KP * VP * SIZE
     q, g, gated = k + KP * SIZE, k + 2 * KP * SIZE, k + 3 * KP * SIZE
     bias = gated + 3 * KP * SIZE
     v = bias + KP * SIZE
     o, sums = v + VP * SIZE, v + 2 * VP * SIZE
-    number = sums + 2 * VP * SIZE
+    number = sums + 2 * VP * SIZE + LINE
     return k, q, g, gated, bias, v, o, sums, number, number + W * SIZE
 
 

@@ -6,7 +6,7 @@ tile does both here and in the chunked prefill. An inverse is the solve against 
 column by block column, without the zero blocks.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from nbdelta.cpu._memory import (
     DTYPES,
     fill_row,
     get,
+    is_plain,
     load_tokens,
     real_of,
     save,
@@ -35,13 +36,15 @@ from nbdelta.cpu._memory import (
     zero_rows,
 )
 from nbdelta.cpu._simd import W, claim, itemsize, read_int64, tile_rows
-from nbdelta.cpu._solve_tiles import solve
+from nbdelta.cpu._solve_tiles import invert, solve
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import pack_columns
-from nbdelta.cpu.chunk_cumsum import addresses, chunk_bounds
+from nbdelta.cpu.chunk_cumsum import chunk_bounds, offsets
 
 # descriptor fields of this kernel: table of (address of L, of b or 0, of x, rows) for every matrix
 MATRICES, UNIT_DIAGONAL = 88, 89
+# products and sums below which the work is not shared, and no thread is woken for it
+SERIAL_FLOPS, BRIEF_FLOPS = 1 << 21, 1 << 24
 B_FIELD = 0  # the right-hand side's dtype and strides stand in the descriptor's first array
 
 
@@ -61,15 +64,20 @@ _layout = njit()(layout)
 
 
 @njit()
-def _diagonal(REAL, code, source, row_step, step, n, unit, inverse, negative):
+def _diagonal(REAL, code, source, step, n, unit, inverse, negative):
     """1 / D and -1 / D for the n rows of a block; padding rows are those of the identity."""
     SIZE = itemsize(REAL)
-    for i in range(W):
-        factor = REAL(1)
-        if i < n and not unit:
-            factor = REAL(1) / get(REAL, code, source + i * (row_step + step))
-        save(REAL, inverse + i * SIZE, factor)
-        save(REAL, negative + i * SIZE, -factor)
+    fill_row(REAL, REAL(1), inverse)
+    if not unit:
+        for i in range(n):
+            save(REAL, inverse + i * SIZE, get(REAL, code, source + i * step))
+    invert(REAL, inverse, inverse, negative)
+
+
+@njit()
+def _is_tile(REAL, x, rows, width):
+    """Whether 16 x 16 numbers serve where they lie."""
+    return rows == W and width == W and is_plain(REAL, x[1], x[3], width)
 
 
 @cache
@@ -81,7 +89,7 @@ def _solve_kernel(REAL):
     @kernel(REAL)
     def solve_kernel(desc, worker):
         matrix, b, out = array_at(desc, G), array_at(desc, B_FIELD), array_at(desc, O)
-        columns, parts = desc[V], desc[PARTS]
+        columns, parts, unit = desc[V], desc[PARTS], desc[UNIT_DIAGONAL]
         strips = (columns + W - 1) // W
         per_part = (strips + parts - 1) // parts
         panel = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
@@ -100,87 +108,115 @@ def _solve_kernel(REAL):
                 rows = min(W, n - i)
                 block = source + i * matrix[2]
                 _diagonal(
-                    REAL, matrix[1], block + i * matrix[3], matrix[2], matrix[3], rows,
-                    desc[UNIT_DIAGONAL], inverse, negative,
+                    REAL, matrix[1], block + i * matrix[3], matrix[2] + matrix[3], rows, unit,
+                    inverse, negative,
                 )  # fmt: skip
                 for c in range(0, i + W, W):
+                    place, step = block + c * matrix[3], matrix[2]
                     width = min(W, n - c)
-                    load_tokens(
-                        REAL, matrix[1], block + c * matrix[3], matrix[2], matrix[3], rows,
-                        width, staged,
-                    )  # fmt: skip
-                    pack_columns(REAL, staged, ROW, negative, panel + c * ROW)
+                    if not _is_tile(REAL, matrix, rows, width):
+                        load_tokens(
+                            REAL, matrix[1], place, matrix[2], matrix[3], rows, width, staged
+                        )  # fmt: skip
+                        place, step = staged, ROW
+                    pack_columns(REAL, place, step, negative, panel + c * ROW)
                 for s in range(first, last):
                     width = min(W, columns - s * W)
                     strip = x + (s - first) * strip_step
-                    if b_source:
-                        load_tokens(
-                            REAL, b[1], b_source + i * b[2] + s * W * b[3], b[2], b[3], rows,
-                            width, right,
-                        )  # fmt: skip
-                    else:
+                    result, known = target + i * out[2] + s * W * out[3], 0
+                    place, step = b_source + i * b[2] + s * W * b[3], b[2]
+                    if not b_source:
+                        # columns of the identity: rows above their block are zero
+                        place, step, known = right, ROW, min(s * W, i)
                         zero_rows(REAL, right, W)
                         if i == s * W:
                             for j in range(rows):
                                 save(REAL, right + j * (ROW + SIZE), REAL(1))
+                    elif not _is_tile(REAL, b, rows, width):
+                        load_tokens(REAL, b[1], place, b[2], b[3], rows, width, right)
+                        place, step = right, ROW
+                    direct = _is_tile(REAL, out, rows, width)
+                    solved, solved_step = (result, out[2]) if direct else (right, ROW)
                     if b_source or i >= s * W:
                         for j in range(0, W, MR):
-                            solve(REAL, panel, strip, i, j, right, ROW, inverse)
+                            solve(
+                                REAL, panel + known * ROW, strip + known * ROW, i - known, j,
+                                place, step, inverse, solved, solved_step,
+                            )  # fmt: skip
                     else:
                         for j in range(W):
-                            fill_row(REAL, REAL(0), strip + (i + j) * ROW)
-                    for j in range(rows):
-                        store_row(
-                            REAL, out[1], strip + (i + j) * ROW, width,
-                            target + (i + j) * out[2] + s * W * out[3], out[3],
-                        )  # fmt: skip
+                            fill_row(REAL, REAL(0), solved + j * solved_step)
+                    if not direct:
+                        for j in range(rows):
+                            store_row(
+                                REAL, out[1], right + j * ROW, width, result + j * out[2], out[3]
+                            )  # fmt: skip
 
     return solve_kernel
 
 
 def _run(matrix, b, out, axes, table, rows, columns, unit_diagonal):
     """Start the kernel; `axes` are the row and column axis of each view."""
+    if len(table) == 0 or columns == 0:
+        return
     REAL = real_of(matrix.dtype)
     desc = np.zeros(LENGTH, np.int64)
     for index, view in ((G, matrix), (B_FIELD, b), (O, out)):
-        desc[index + 1] = DTYPES.index(view.dtype)
-        desc[index + 2], desc[index + 3] = view.strides[axes[0]], view.strides[axes[1]]
+        desc[index + 1 : index + 4] = (
+            DTYPES.index(view.dtype), view.strides[axes[0]], view.strides[axes[1]],
+        )  # fmt: skip
     desc[MATRICES], desc[UNIT_DIAGONAL] = table.ctypes.data, unit_diagonal
     desc[K], desc[V] = rows, columns
-    threads, strips = thread_count(), -(-columns // W)
-    parts = min(strips, -(-threads // len(table))) if len(table) else 1
-    per_part = -(-strips // max(parts, 1))
-    parts = -(-strips // max(per_part, 1))
+    flops = len(table) * rows * rows * columns
+    threads, strips = thread_count() if flops >= SERIAL_FLOPS else 1, -(-columns // W)
+    parts = min(strips, -(-threads // len(table)))
+    per_part = -(-strips // parts)
+    parts = -(-strips // per_part)
     desc[PARTS] = parts
     scratch = layout(0, np.dtype(REAL).itemsize, rows, per_part)[-1]
-    run(_solve_kernel(REAL), desc, len(table) * parts, scratch, threads)
+    run(_solve_kernel(REAL), desc, len(table) * parts, scratch, threads, flops < BRIEF_FLOPS)
+
+
+def _chunks(shape, strides, out_strides, cu_seqlens=None):
+    """Table of the chunks of ``[B, T, H, BT]``, with offsets for addresses."""
+    B, T, H, BT = shape
+    bounds = chunk_bounds(T, BT, cu_seqlens)
+    table = np.zeros((B * H, len(bounds), 4), np.int64)
+    for column, s in ((0, strides), (2, out_strides)):
+        table[..., column] = offsets((B, H), (s[0], s[2]))[:, None] + bounds[:, 0] * s[1]
+    table[..., 3] = bounds[:, 1] - bounds[:, 0]
+    return table.reshape(-1, 4)
+
+
+def _matrices(batch, *strides):
+    """Table of the matrices of a batch, with offsets for addresses, and no rows."""
+    columns = [offsets(batch, s) for s in strides]
+    return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
+
+
+_kept_chunks, _kept_matrices = lru_cache(maxsize=16)(_chunks), lru_cache(maxsize=16)(_matrices)
 
 
 def solve_tril(A, out, cu_seqlens):
-    """Fill `out` with ``(I + A)^-1`` of every chunk; both are ``[B, T, H, BT]``."""
-    B, T, H, BT = A.shape
-    bounds = chunk_bounds(T, BT, cu_seqlens)
-    starts, rows = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+    """Fill `out` with ``(I + A)^-1`` of every chunk; both are ``[B, T, H, BT]``.
 
-    def places(view):
-        heads = addresses(view, (0, 2))
-        return (heads[:, None] + starts * view.strides[1]).ravel()
-
-    table = np.zeros((B * H * len(bounds), 4), np.int64)
-    table[:, 0], table[:, 2] = places(A), places(out)
-    table[:, 3] = np.tile(rows, B * H)
+    A thread's scratch is 16 rows of A, the columns of one inverse and two tiles of 16 x 16: 26 KB
+    for chunks of 64, twice that in float64.
+    """
+    layouts = A.shape, A.strides, out.strides
+    table = _kept_chunks(*layouts) if cu_seqlens is None else _chunks(*layouts, cu_seqlens)
+    table = table + np.array((A.address, 0, out.address, 0))
+    BT = A.shape[-1]
     _run(A, A, out, (1, 3), table, BT, BT, True)
 
 
 def solve_triangular(L, b, out, unit_diagonal):
-    """Fill `out` with the solutions of ``L x = b``; leading axes have one shape."""
-    batch = range(len(b.shape) - 2)
-    n, m = b.shape[-2:]
-    table = np.stack(
-        [
-            *(addresses(view, batch) for view in (L, b, out)),
-        ],
-        axis=1,
-    )
-    table = np.concatenate([table, np.full((len(table), 1), n, np.int64)], axis=1)
-    _run(L, b, out, (-2, -1), np.ascontiguousarray(table), n, m, unit_diagonal)
+    """Fill `out` with the solutions of ``L x = b``; leading axes have one shape.
+
+    A thread's scratch is the columns of one x that it solves for, 16 rows of L and two tiles of
+    16 x 16.
+    """
+    *batch, n, m = b.shape
+    table = _kept_matrices(tuple(batch), *(x.strides[:-2] for x in (L, b, out)))
+    table = table + np.array((L.address, b.address, out.address, n))
+    _run(L, b, out, (-2, -1), table, n, m, unit_diagonal)

@@ -133,17 +133,11 @@ def is_ours(desc, length):
 
 
 @device
-def chunk_start(desc, c, tokens):
-    """First token, within its sequence, of the sequence's chunk c."""
+def chunk_span(desc, c, length, tokens):
+    """First token of chunk c of a sequence of `length`, and how many it has (if it exists)."""
     segment, per_segment = int32(desc[SEGMENT]), int32(desc[PER_SEGMENT])
-    return int32(c // per_segment * segment + c % per_segment * tokens)
-
-
-@device
-def chunk_length(desc, start, length, tokens):
-    """Tokens of the chunk that starts there, in a sequence of `length`."""
-    segment = int32(desc[SEGMENT])
-    return int32(min(tokens, min(length - start, segment - start % segment)))
+    start = int32(c // per_segment * segment + c % per_segment * tokens)
+    return start, int32(min(tokens, min(length - start, segment - start % segment)))
 
 
 # -- tiles in shared memory

@@ -10,8 +10,6 @@ and the factors that the scan applies, or, where the gate has a channel axis, th
 e^G K, scale e^G Q and e^(G_last - G) K themselves. Norms of q and k are factors too.
 """
 
-from functools import cache
-
 from numba import cuda
 
 from nbdelta.cuda._call import (
@@ -38,8 +36,7 @@ from nbdelta.cuda._chunk_form import (
     KEY_PLANE,
     RECORDS,
     TILES,
-    chunk_length,
-    chunk_start,
+    chunk_span,
     column_lane,
     first_chunk,
     is_ours,
@@ -55,7 +52,7 @@ from nbdelta.cuda._chunk_gates import (
     real,
     sigmoid,
 )
-from nbdelta.cuda._jit import device, kernel
+from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import read_real
 from nbdelta.cuda._ptx import (
     commit_copies,
@@ -297,7 +294,7 @@ def _make_scaled_tiles(form):
     return scaled_tiles
 
 
-@cache
+@specialised
 def intra_kernel(form, gate_dtype, wide):
     """The kernel, for a grid of chunks x value heads.
 
@@ -330,10 +327,9 @@ def intra_kernel(form, gate_dtype, wide):
         seq = sequence_of_chunk(desc, chunk)
         b, bos, eos = sequence(desc, seq)
         length = int32(eos - bos)
-        start = chunk_start(desc, chunk - first_chunk(desc, seq), tokens)
+        start, count = chunk_span(desc, chunk - first_chunk(desc, seq), length, tokens)
         if start >= length or not is_ours(desc, length):
             return
-        count = chunk_length(desc, start, length, tokens)
         first = bos + start
 
         k, q, units = array_at(desc, KEY), array_at(desc, Q), (channels + 7) // 8

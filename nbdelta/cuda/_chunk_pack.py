@@ -1,13 +1,11 @@
 """Copies of q, k or v of any dtype and strides: the padded planes that the chunk kernels read."""
 
-from functools import cache
-
 import numpy as np
 from numba import cuda
 
 from nbdelta.arrays import empty
 from nbdelta.cuda._call import put_array
-from nbdelta.cuda._jit import kernel
+from nbdelta.cuda._jit import kernel, specialised
 from nbdelta.cuda._memory import fields, reader
 from nbdelta.cuda._ptx import f32, int32, uint64
 from nbdelta.cuda._tiles import make_store_pair
@@ -19,7 +17,7 @@ ZERO = f32(0)
 array_at, sizes_at = fields(6), fields(5)
 
 
-@cache
+@specialised
 def pack_kernel(dtype, kind, planes):
     """The kernel, for any grid: a thread has two neighbouring numbers at a time."""
     read = reader(dtype, f32)

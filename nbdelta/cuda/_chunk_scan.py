@@ -17,8 +17,6 @@ such warp another one works a chunk behind it,
 with S^T and U^T left to it in shared memory; it also fetches the tiles of the chunks to come.
 """
 
-from functools import cache
-
 from numba import cuda
 
 from nbdelta.cuda._call import (
@@ -46,8 +44,7 @@ from nbdelta.cuda._chunk_form import (
     SEGMENT,
     TILES,
     VALUE_PLANE,
-    chunk_length,
-    chunk_start,
+    chunk_span,
     column_lane,
     first_chunk,
     is_ours,
@@ -55,7 +52,7 @@ from nbdelta.cuda._chunk_form import (
     make_load_values,
     row_lane,
 )
-from nbdelta.cuda._jit import device, kernel
+from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._ptx import (
     commit_copies,
     copy_async,
@@ -172,17 +169,15 @@ def _make_output(form, layout):
     P, U = layout.queries_record, layout.stash_update
     zeros = make_zeros(tokens // 2)
     register, size = (u32, 2) if planes == 1 else (f32, 4)
-    _, get_state = make_stash(width * size // 8, register)
     _, get_update = make_stash(tokens * size // 8, register)
-    times_queries = make_times_rows(
-        kind, tokens, width, planes, planes if per_channel else form.inputs
-    )
+    tile_planes = planes if per_channel else form.inputs
+    times_queries = make_times_rows(kind, tokens, width, planes, tile_planes, stashed=True)
     times_triangle = make_times_triangle(kind, tokens, planes)
     of_tokens, scale_tokens = make_columns(tokens // 4), make_scale(tokens // 2, True)
 
     @device
     def output(queries, lane, stash):
-        x = times_queries(zeros(), get_state(stash), queries + row_lane(lane, pitch))
+        x = times_queries(zeros(), stash, queries + row_lane(lane, pitch))
         if not per_channel:
             x = scale_tokens(x, of_tokens(queries + P + triangle_bytes + 8 * (lane & 3)))
         return times_triangle(x, get_update(stash + U), queries + P + 16 * lane)
@@ -247,7 +242,7 @@ def _make_fetch(form, columns, layout):
     return fetch_keys, fetch_queries
 
 
-@cache
+@specialised
 def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
     """The kernel, for a grid of sequences x value heads x slices of `columns` columns.
 
@@ -316,8 +311,8 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)
                 s = advance(s, uint32(base + i % stages * KEYS), value, lane, stash)
                 if kept[0] != 0:
-                    start = chunk_start(desc, i, tokens)
-                    end = start + chunk_length(desc, start, length, tokens)
+                    start, count = chunk_span(desc, i, length, tokens)
+                    end = start + count
                     if end % desc[INTERVAL] == 0:
                         own = at(kept, slot + end // desc[INTERVAL] - 1, hv, 2 * c)
                         own += column * kept[5]
@@ -342,23 +337,20 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                     cuda.syncthreads()
                 m = i + stages - 1
                 if m < chunks:
-                    start = chunk_start(desc, m, tokens)
-                    count = chunk_length(desc, start, length, tokens)
+                    start, count = chunk_span(desc, m, length, tokens)
                     number = uint64(first + m) * uint64(value_heads) + uint64(hv)
                     target = uint32(base + m % stages * KEYS)
                     fetch_keys(desc, target, number, b, bos + start, count, hk, hv, v0, t)
                 m = i + stages - 2
                 if 0 <= m < chunks:
-                    start = chunk_start(desc, m, tokens)
-                    count = chunk_length(desc, start, length, tokens)
+                    start, count = chunk_span(desc, m, length, tokens)
                     number = uint64(first + m) * uint64(value_heads) + uint64(hv)
                     target = uint32(base + ALL_QUERIES + m % stages * QUERIES)
                     fetch_queries(desc, target, number, b, bos + start, count, hk, t)
                 commit_copies()
                 m = i - 1
                 if m >= 0:
-                    start = chunk_start(desc, m, tokens)
-                    count = chunk_length(desc, start, length, tokens)
+                    start, count = chunk_span(desc, m, length, tokens)
                     stash = uint32(
                         base + ALL_STASHES + ((m & 1) * warps + warp) * STASH + 16 * lane
                     )

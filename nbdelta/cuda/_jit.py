@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import sys
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from numba import cuda
@@ -16,6 +16,8 @@ from numba.cuda import types
 from numba.cuda.core import config
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
+if not SIMULATOR:
+    from nbdelta.cuda import _cache
 
 # compute capability of the oldest devices served: they have the instructions for bfloat16
 OLDEST = (8, 0)
@@ -65,6 +67,21 @@ def kernel(threads, blocks_per_sm=1):
     return make
 
 
+def specialised(factory):
+    """Make one kernel for each set of arguments of a factory, the disk cache's name for it.
+
+    So the ``repr`` of the arguments must say all that the kernel depends on, but for the sources.
+    """
+
+    @cache
+    def make(*options, **named):
+        made = factory(*options, **named)
+        made.key = factory.__module__, factory.__qualname__, options, sorted(named.items())
+        return made
+
+    return make
+
+
 class Kernel:
     """A compiled kernel and its way to the device.
 
@@ -74,6 +91,7 @@ class Kernel:
 
     def __init__(self, dispatcher, threads):
         self.dispatcher, self.threads = dispatcher, threads
+        self.key = None  # in the disk cache
         self._functions = {}  # (length of the descriptor, device): CUfunction
         self._shared = {}  # the same: bytes of dynamic shared memory allowed so far
         self._lock = threading.Lock()
@@ -117,17 +135,30 @@ class Kernel:
         """Compile for a device and allow this much shared memory there."""
         length, index = key
         with self._lock:
-            function = None
+            function, shared = self._functions.get(key), max(shared, self._shared.get(key, 0))
             if not SIMULATOR:
                 with cuda.gpus[index]:
-                    compiled = self.dispatcher.compile((types.UniTuple(types.int64, length),))
-                    library = getattr(compiled, "_codelibrary", None)
-                    if library is not None:
-                        function = _function_of(library.get_cufunc().handle)
-                        if shared > _FREE_SHARED:
-                            # Numba never does (its issue 94), and the launch would fail
-                            _allow_shared(function, shared)
+                    if function is None:
+                        function = self._compiled(length, cuda.gpus[index].compute_capability)
+                    if function is not None and shared > _FREE_SHARED:
+                        # Numba never does (its issue 94), and the launch would fail
+                        _allow_shared(function, shared)
             self._functions[key], self._shared[key] = function, shared
+
+    def _compiled(self, length, capability):
+        """Return the CUfunction on the current device; None when Numba has something else."""
+        key = (*self.key, length, tuple(capability)) if self.key else None
+        found = _cache.load(key) if key else None
+        if found:
+            with contextlib.suppress(RuntimeError):
+                return _load_code(*found)
+        compiled = self.dispatcher.compile((types.UniTuple(types.int64, length),))
+        library = getattr(compiled, "_codelibrary", None)
+        if library is None:
+            return None
+        if key:
+            _cache.save(key, library._entry_name.encode(), library.get_cubin().code)
+        return _function_of(library.get_cufunc().handle)
 
 
 def devices():
@@ -150,8 +181,7 @@ def driver_rejection_reason():
     """Say why no kernel can run in this process, or return None."""
     if SIMULATOR or cuda.is_available():
         return None
-    error = cuda.cuda_error()
-    return f"no NVIDIA driver with a device was found ({error or 'no device'})"
+    return "no NVIDIA driver with a device was found (nvidia-smi shows whether there is one)"
 
 
 def device_rejection_reason(index):
@@ -183,10 +213,15 @@ def device_limits(index):
 
 def place_of(view):
     """Where a kernel runs that works on an array: device index, and the caller's current stream."""
-    index = int(view.device.partition(":")[2] or 0)
-    if view.kind == "torch":
+    return current_place(view.kind, view.device)
+
+
+def current_place(kind, device):
+    """The same for arrays of a library on a device."""
+    index = int(device.partition(":")[2] or 0)
+    if kind == "torch":
         return index, sys.modules["torch"].cuda.current_stream(index).cuda_stream
-    if view.kind == "cupy":
+    if kind == "cupy":
         return index, sys.modules["cupy"].cuda.get_current_stream(index).ptr
     # CU_STREAM_PER_THREAD, or the legacy stream
     return index, 2 if getattr(config, "CUDA_PER_THREAD_DEFAULT_STREAM", 0) else 0
@@ -211,6 +246,15 @@ def _function_of(handle):
         error, handle = driver.cuKernelGetFunction(handle)
         _check(error, "loading a kernel")
     return handle
+
+
+def _load_code(name, code):
+    driver = _driver()
+    error, module = driver.cuModuleLoadData(code)
+    _check(error, "loading a kernel")
+    error, function = driver.cuModuleGetFunction(module, name)
+    _check(error, "loading a kernel")
+    return function
 
 
 def _allow_shared(function, size):

@@ -250,3 +250,38 @@ def read_real(REAL, wide=False):
         return f16(address)
 
     return read
+
+
+def _element_pointer(context, builder, signature, args):
+    from numba.cuda.np.arrayobj import make_array
+
+    data = make_array(signature.args[0])(context, builder, args[0]).data
+    return builder.gep(data, [args[1]])
+
+
+@intrinsic(lambda array, i: array[i])
+def element(typingctx, array, i):
+    """Number i of a shared array with one axis.
+
+    ``array[i]`` would count from the end where i is negative, at a price in every inner loop.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_element_pointer(context, builder, signature, args))
+
+    return array.dtype(array, i), codegen
+
+
+def _simulated_set_element(array, i, x):
+    array[i] = x
+
+
+@intrinsic(_simulated_set_element)
+def set_element(typingctx, array, i, x):
+    """The reverse of `element`."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _element_pointer(context, builder, signature, args))
+        return context.get_dummy_value()
+
+    return types.void(array, i, array.dtype), codegen

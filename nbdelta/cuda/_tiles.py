@@ -210,15 +210,26 @@ def make_values(kind, planes, tokens, pitch, plane_bytes):
 # -- products
 
 
-@cache
-def make_times_rows(kind, tokens, K, planes, inputs):
-    """Acc + a X^T, X the rows of a tile: address by `row_lane`."""
-    pitch = 2 * K
+def stashed_operand(e, kind, planes, stash, s):
+    """Columns 16 s to 16 s + 15 of a stash: address + 16 lane."""
+    if planes == 1:
+        return [e.load_shared(4, False, stash, 512 * s)]
+    a = [x for i in range(2) for x in e.load_shared(4, True, stash, 1024 * s + 512 * i)]
+    return split(e, kind, planes, a)
 
-    @tile(registers(tokens // 2), registers(tokens // 2), operand(planes, K), u32)
+
+@cache
+def make_times_rows(kind, tokens, K, planes, inputs, stashed=False):
+    """``acc + a X^T``, X the rows of a tile (address by `row_lane`), a in registers or a stash."""
+    pitch = 2 * K
+    operand_of, type_of_a = left_operand, operand(planes, K)
+    if stashed:
+        operand_of, type_of_a = stashed_operand, u32
+
+    @tile(registers(tokens // 2), registers(tokens // 2), type_of_a, u32)
     def times_rows(e, acc, a, address):
         for s, (at, offset) in enumerate(column_steps(e, address, K // 16)):
-            left = left_operand(e, kind, planes, a, s)
+            left = operand_of(e, kind, planes, a, s)
             for t in range(tokens // 16):
                 o = 8 * t
                 right = [
@@ -235,7 +246,7 @@ def make_times_rows(kind, tokens, K, planes, inputs):
 
 @cache
 def make_times_tile(kind, tokens, K, planes, inputs):
-    """Acc + a X, X the rows of a tile: address by `column_lane`."""
+    """``acc + a X``, X the rows of a tile: address by `column_lane`."""
     pitch = 2 * K
 
     @tile(registers(K // 2), registers(K // 2), operand(planes, tokens), u32)
@@ -260,7 +271,7 @@ def make_times_tile(kind, tokens, K, planes, inputs):
 
 @cache
 def make_times_triangle(kind, tokens, planes):
-    """Acc + a X^T, X lower triangular in fragments: address + 16 lane."""
+    """``acc + a X^T``, X lower triangular in fragments: address + 16 lane."""
     n = tokens // 16
     plane_bytes = triangle(n, 0) * BLOCK
 
@@ -282,7 +293,7 @@ def make_times_triangle(kind, tokens, planes):
 
 @cache
 def make_block_product(planes):
-    """Acc + a b for float32 16 x 16 tiles, b given as its transpose."""
+    """``acc + a b`` for float32 16 x 16 tiles, b given as its transpose."""
 
     @tile(registers(8), registers(8), registers(8), registers(8))
     def block_product(e, acc, a, b):

@@ -71,7 +71,9 @@ def pick_variant(dtype, precision, K, V, per_channel, chunk_size, heads, shared,
         return None
     kind, inputs, planes = PLANES[dtype, precision]
     padded = 64 if K <= 64 else 128 if K <= 128 else 256
-    longest = min(chunk_size or 64, 32 if padded == 256 and planes > 1 else 64)  # by registers
+    # by registers
+    longest = min(chunk_size or 64, 32 if padded == 256 and planes > 1 else 64)
+    narrowest = 32 if padded == 256 and planes == 3 else 16
 
     def variant(tokens, columns):
         form = Form(kind, inputs, planes, padded, tokens, per_channel)
@@ -83,8 +85,8 @@ def pick_variant(dtype, precision, K, V, per_channel, chunk_size, heads, shared,
 
     # The length of a chunk shows in the last bits of the results, the width of a slice does not:
     # the length must not depend on how many heads or sequences there are.
-    usual = 32 if V > 16 else 16
-    found = [variant(*pair[::-1]) for pair in product((usual, 16), (64, 32, 16))]
+    usual = 32 if V > 16 else narrowest
+    found = [variant(*pair[::-1]) for pair in product((usual, narrowest), (64, 32, 16))]
     chosen = next((x for x in found if x is not None), None)
     if chosen is None or chosen.columns < 32 or V <= 32:
         return chosen

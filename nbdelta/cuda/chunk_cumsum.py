@@ -6,14 +6,22 @@ along it, a warp carries tiles of 32 lines and 32 numbers through shared memory.
 """
 
 import math
-from functools import cache
 
 import numpy as np
 from numba import cuda, types
 
 from nbdelta.cuda._call import put_array, put_float
-from nbdelta.cuda._jit import device, kernel, place_of
-from nbdelta.cuda._memory import fields, read_index, reader, real_field, real_of, writer
+from nbdelta.cuda._jit import device, kernel, place_of, specialised
+from nbdelta.cuda._memory import (
+    element,
+    fields,
+    read_index,
+    reader,
+    real_field,
+    real_of,
+    set_element,
+    writer,
+)
 
 THREADS = 128
 TILE, PITCH = 32, 33
@@ -54,9 +62,9 @@ def chunk_at(cu, n, length, size, slot):
             high = middle
     bos = read_index(cu[1], cu[0] + low * cu[2])
     eos = read_index(cu[1], cu[0] + (low + 1) * cu[2])
-    if bos < 0 or eos > length:
-        return 0, 0
     first = bos + (slot - bos // size - low) * size
+    if bos < 0 or first < bos or eos > length:
+        return 0, 0
     return first, max(0, min(size, eos - first))
 
 
@@ -86,10 +94,11 @@ def _line_of(desc, item):
     return source, target, n
 
 
-@cache
+@specialised
 def _cumsum_kernel(DTYPE, OUT_DTYPE, STAGED):
     REAL = real_of(OUT_DTYPE)
     get, put, real = reader(DTYPE, REAL), writer(OUT_DTYPE, REAL), real_field(REAL)
+    SIZE = THREADS * PITCH
 
     @kernel(THREADS)
     def cumsum_kernel(desc):
@@ -100,37 +109,45 @@ def _cumsum_kernel(DTYPE, OUT_DTYPE, STAGED):
             x_step, out_step = -x_step, -out_step
         scale, total = real(desc[SCALE]), REAL(0)
         if STAGED:
-            s_tile = cuda.shared.array((THREADS, PITCH), REAL)
+            s_tile = cuda.shared.array(SIZE, REAL)
             s_source = cuda.shared.array(THREADS, types.int64)
             s_target = cuda.shared.array(THREADS, types.int64)
             s_n = cuda.shared.array(THREADS, types.int64)
             s_source[tid], s_target[tid], s_n[tid] = source, target, n
             cuda.syncthreads()
-            lane, warp = tid & 31, tid & -32
-            for first in range(0, desc[CHUNK], TILE):
+            lane, warp, own = tid & 31, tid & -32, tid * PITCH
+            first = 0
+            while first < desc[CHUNK]:
                 t = first + lane
                 for i in range(TILE):
-                    if t < s_n[warp + i]:
-                        s_tile[warp + i, lane] = get(s_source[warp + i] + t * x_step)
+                    if t < element(s_n, warp + i):
+                        x = get(element(s_source, warp + i) + t * x_step)
+                        set_element(s_tile, (warp + i) * PITCH + lane, x)
                 cuda.syncthreads()
-                for i in range(min(TILE, n - first)):
-                    total += s_tile[tid, i]
-                    s_tile[tid, i] = total * scale
+                for i in range(TILE):
+                    if first + i < n:
+                        total += element(s_tile, own + i)
+                        set_element(s_tile, own + i, total * scale)
                 cuda.syncthreads()
                 # the next tile's numbers go where the same thread reads these
                 for i in range(TILE):
-                    if t < s_n[warp + i]:
-                        put(s_target[warp + i] + t * out_step, s_tile[warp + i, lane])
+                    if t < element(s_n, warp + i):
+                        x = element(s_tile, (warp + i) * PITCH + lane)
+                        put(element(s_target, warp + i) + t * out_step, x)
+                first += TILE
         else:
             r_x = cuda.local.array(AHEAD, REAL)
-            for first in range(0, n, AHEAD):
+            first = 0
+            while first < n:
                 for i in range(AHEAD):
                     if first + i < n:
-                        r_x[i] = get(source + (first + i) * x_step)
+                        r_x[i] = get(source + i * x_step)
                 for i in range(AHEAD):
                     if first + i < n:
                         total += r_x[i]
-                        put(target + (first + i) * out_step, total * scale)
+                        put(target + i * out_step, total * scale)
+                first += AHEAD
+                source, target = source + AHEAD * x_step, target + AHEAD * out_step
 
     return cumsum_kernel
 

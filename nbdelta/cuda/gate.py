@@ -3,8 +3,6 @@
 -exp(A_log) softplus(x + dt_bias)    or    lower_bound sigmoid(exp(A_log) (x + dt_bias))
 """
 
-from functools import cache
-
 import numpy as np
 from numba import cuda
 
@@ -26,7 +24,7 @@ from nbdelta.cuda._call import (
     put_array,
     put_float,
 )
-from nbdelta.cuda._jit import kernel, place_of
+from nbdelta.cuda._jit import kernel, place_of, specialised
 from nbdelta.cuda._math import exp, gate_functions
 from nbdelta.cuda._memory import read_real, reader, real_of, writer
 
@@ -37,7 +35,7 @@ TOKENS = 8
 GROUPS = EXTRA
 
 
-@cache
+@specialised
 def _gate_kernel(DTYPE, WIDE):
     """Kernel for a dtype of x; `WIDE`: A_log or dt_bias is float64."""
     REAL = real_of(DTYPE)
@@ -60,9 +58,12 @@ def _gate_kernel(DTYPE, WIDE):
             rate = exp(get_parameter(a_log[1], a_log[0] + hv * a_log[2]))
         if dt_bias[0] != 0:
             bias = get_parameter(dt_bias[1], dt_bias[0] + hv * dt_bias[2] + k * dt_bias[3])
-        for t in range(first, desc[T], desc[GROUPS]):
-            raw = get(at(x, b, t, hv) + k * x[5])
-            put(at(out, b, t, hv) + k * out[5], log_decay(desc, raw, rate, bias))
+        source, target = at(x, b, first, hv) + k * x[5], at(out, b, first, hv) + k * out[5]
+        t = first
+        while t < desc[T]:
+            put(target, log_decay(desc, get(source), rate, bias))
+            t += desc[GROUPS]
+            source, target = source + desc[GROUPS] * x[3], target + desc[GROUPS] * out[3]
 
     return gate_kernel
 

@@ -10,7 +10,9 @@ the state are taken in one pass, before the update: S^T k and S^T q of the decay
 o = scale (S^T q + (q . k) d).
 """
 
-from functools import cache
+from array import array
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, float64, int32, int64, uint32
@@ -22,6 +24,7 @@ from nbdelta.cuda._call import (
     BETA_FACTOR,
     CHECKPOINT_STARTS,
     CHECKPOINTS,
+    CU_SEQLENS,
     DT_BIAS,
     EPS,
     EXTRA,
@@ -51,7 +54,7 @@ from nbdelta.cuda._call import (
     key_head,
     sequence,
 )
-from nbdelta.cuda._jit import SIMULATOR, device, kernel, place_of
+from nbdelta.cuda._jit import SIMULATOR, Kernel, current_place, device, kernel, specialised
 from nbdelta.cuda._math import exp, gate_functions, sqrt
 from nbdelta.cuda._memory import (
     INT64,
@@ -104,7 +107,7 @@ def _first_slot(desc, n):
     return _slot(desc, n, i - 1) if 1 <= i <= desc[SLOTS] else int64(PADDED)
 
 
-@cache
+@specialised
 def _recurrent_kernel(REAL, DTYPE, STATE, form, VECTORS, MASKED, PER_CHANNEL, WIDE):
     """Kernel for one layout of the state.
 
@@ -290,6 +293,60 @@ def _in_vectors(view, along_k):
     )
 
 
+class Job(NamedTuple):
+    """A call but for its arrays, as `nbdelta.repeat` keeps it."""
+
+    kernel: Kernel
+    desc: Any  # array of int64, whose places in `PLACES` are for the addresses
+    blocks: tuple[int, int]  # slices of V, value heads
+    sequences: int
+    place: Any  # function: device and current stream
+    others: Any  # function: the kernel for states that are not at multiples of 16 bytes
+
+
+# of the arrays in a descriptor, as `nbdelta.structure.Arrays` orders them, and of the final state
+PLACES = Q, KEY, VALUE, G, BETA, H0, A_LOG, DT_BIAS, O, CU_SEQLENS, STATE_INDICES, ACCEPTED, HT
+
+
+def job_of(problem, min_length=0, max_length=None):
+    """Return the job of a problem, with the addresses of the problem's arrays."""
+    p = problem
+    REAL = real_of(p.q.dtype)
+    desc = describe(p, np.float64 if REAL == float64 else np.float32, min_length, max_length)
+    states = [x for x in (p.final_state, p.checkpoints, p.initial_state) if x is not None]
+    dtype = states[0].dtype if states else "float32"
+    # only where it makes for wider accesses: the form decides in which order sums are taken
+    along_k = bool(states) and states[0].strides[2] == states[0].itemsize != states[0].strides[3]
+    form = form_of(p.K, dtype, along_k)
+    vectors = (
+        _in_vectors(p.initial_state, along_k),
+        _in_vectors(p.final_state, along_k) and _in_vectors(p.checkpoints, along_k),
+    )
+    masked = bool(p.K % form.rows or p.V % form.columns)
+    sides = (p.g, p.beta, p.A_log, p.dt_bias)
+    wide = REAL == float64 or any(x is not None and x.dtype == "float64" for x in sides)
+
+    given, per_channel = p.q.dtype, p.per_channel
+
+    def kernel_for(*vectors):
+        return _recurrent_kernel(REAL, given, dtype, form, vectors, masked, per_channel, wide)
+
+    blocks = -(-p.V // form.columns), p.HV
+    place = partial(current_place, p.q.kind, p.q.device)
+    return Job(kernel_for(*vectors), array("q", desc.tobytes()), blocks, p.N, place, kernel_for)
+
+
+def start(job, desc):
+    """Run a job with a descriptor that is complete."""
+    kernel = job.kernel
+    if (desc[H0] | desc[HT]) & 15:
+        kernel = job.others(False, False)
+    for first in range(0, job.sequences, MOST_BLOCKS):
+        desc[FIRST] = first
+        blocks = (*job.blocks, min(job.sequences - first, MOST_BLOCKS))
+        kernel.launch(blocks, np.frombuffer(desc, np.int64), job.place())
+
+
 def fused_recurrent_gated_delta_rule(problem, max_length=None):
     """Fill the outputs of a problem token by token.
 
@@ -310,30 +367,8 @@ def fused_recurrent_gated_delta_rule(problem, max_length=None):
 
 def token_by_token(problem, min_length, max_length):
     """Do the same for sequences of at least `min_length` and at most `max_length` tokens."""
-    p = problem
-    REAL = real_of(p.q.dtype)
-    dtype = np.float64 if REAL == float64 else np.float32
-    desc = describe(p, dtype, min_length=min_length, max_length=max_length)
-    states = [x for x in (p.final_state, p.checkpoints, p.initial_state) if x is not None]
-    dtype = states[0].dtype if states else "float32"
-    # only where it makes for wider accesses: the form decides in which order sums are taken
-    along_k = bool(states) and states[0].strides[2] == states[0].itemsize != states[0].strides[3]
-    form = form_of(p.K, dtype, along_k)
-    vectors = (
-        _in_vectors(p.initial_state, along_k),
-        _in_vectors(p.final_state, along_k) and _in_vectors(p.checkpoints, along_k),
-    )
-    masked = bool(p.K % form.rows or p.V % form.columns)
-    sides = (p.g, p.beta, p.A_log, p.dt_bias)
-    wide = REAL != float64 and any(x is not None and x.dtype == "float64" for x in sides)
-    run = _recurrent_kernel(
-        *(REAL, p.q.dtype, dtype, form, vectors, masked, p.per_channel, wide or REAL == float64)
-    )
-    place = place_of(p.q)
-    for first in range(0, p.N, MOST_BLOCKS):
-        desc[FIRST] = first
-        blocks = (-(-p.V // form.columns), p.HV, min(p.N - first, MOST_BLOCKS))
-        run.launch(blocks, desc, place)
+    job = job_of(problem, min_length, max_length)
+    start(job, job.desc)
 
 
 def specialisations():

@@ -6,25 +6,24 @@ neighbouring threads read neighbouring words.
 """
 
 import math
-from functools import cache
 
 import numpy as np
 from numba import cuda, types
 
 from nbdelta.arrays import empty
 from nbdelta.cuda._call import put_array
-from nbdelta.cuda._jit import device, kernel, place_of
-from nbdelta.cuda._memory import DTYPES, fields, reader, real_of, writer
+from nbdelta.cuda._jit import device, kernel, place_of, specialised
+from nbdelta.cuda._memory import DTYPES, element, fields, reader, real_of, set_element, writer
 from nbdelta.cuda.chunk_cumsum import chunk_at, chunk_slots, merged
 
 THREADS = 64
 # rows that a block of threads inverts: one matrix of 64, two of 32, four of 16
 SLAB = 64
-# sides of a diagonal block that is solved by substitution, and its rows in shared memory
+# side of a diagonal block that is solved by substitution, and its rows in shared memory
 BC, BC_PITCH = 16, 17
-# sides of a tile of `solve_triangular`, and its rows in shared memory
+# side of a tile of `solve_triangular`
 SIDE = 32
-# numbers added to a row in shared memory: then rows of 8 numbers, and columns, are in banks apart
+# numbers added to a row in shared memory: 4 rows of 8 columns, or a column, are in banks apart
 PAD = 8
 
 # descriptor of solve_tril: A and the result, boundaries of packed sequences (N of them), sizes
@@ -46,52 +45,59 @@ def _clear(acc, zero):
 
 
 @device
-def _add_product(acc, columns, n, a, i, j, b, k, l, ty, step, lower):
-    """acc[r, c] += a[i + r', j:j + n] b[k:k + n, l + 8 c] of row r' = ty + step r.
+def _add_product(acc, n, a, a_row, step, b, b_column, pitch, columns, end):
+    """acc[r, c] += sum over m < n of a[a_row + step r pitch + m] b[b_column + m pitch + 8 c].
 
-    With `lower` a row of a ends at the diagonal: what is right of it may be zero times NaN.
+    From `end` on row 0 of a is zero, row r step later: there it is not touched, as b may be NaN.
     """
     for m in range(n):
         for r in range(4):
-            if not lower or m <= ty + step * r:
-                factor = a[i + ty + step * r, j + m]
+            if m < end + step * r:
+                factor = element(a, a_row + step * r * pitch + m)
                 for c in range(4):
                     if c < columns:
-                        acc[r, c] += factor * b[k + m, l + 8 * c]
+                        acc[r, c] += factor * element(b, b_column + m * pitch + 8 * c)
 
 
 @device
 def _merge(s_a, acc, n, BT, tid, zero):
     """Inverses of n x n on the diagonal to such of 2n x 2n: X21 = X22 (-A21 X11)."""
-    # both halves of the threads have a pair of their own while there are two
-    top = tid & SLAB // 2 if n < SLAB // 2 else 0
-    low, left = top + n, top & (BT - 1)
-    step, columns = n // 4, n // 8
+    step, columns, pitch = n // 4, n // 8, BT + PAD
     tx, ty = tid & 7, tid >> 3 & (step - 1)
-    for first in (True, False):
-        _clear(acc, zero)
-        if first:
-            _add_product(acc, columns, n, s_a, low, left, s_a, top, left + tx, ty, step, False)
-        else:
-            _add_product(acc, columns, n, s_a, low, left + n, s_a, low, left + tx, ty, step, True)
-        cuda.syncthreads()
-        for r in range(4):
-            for c in range(4):
-                if c < columns:
-                    s_a[low + ty + step * r, left + tx + 8 * c] = acc[r, c]
-        cuda.syncthreads()
+    # while there are two pairs, each has half of the threads
+    top = tid & SLAB // 2 if n < SLAB // 2 else 0
+    left = top & (BT - 1)
+    low_row = (top + n + ty) * pitch + left
+    upper, lower = top * pitch + left + tx, (top + n) * pitch + left + tx
+    _clear(acc, zero)
+    _add_product(acc, n, s_a, low_row, step, s_a, upper, pitch, columns, n)
+    cuda.syncthreads()
+    for r in range(4):
+        for c in range(4):
+            if c < columns:
+                set_element(s_a, low_row + step * r * pitch + tx + 8 * c, acc[r, c])
+    cuda.syncthreads()
+    _clear(acc, zero)
+    _add_product(acc, n, s_a, low_row + n, step, s_a, lower, pitch, columns, ty + 1)
+    cuda.syncthreads()
+    for r in range(4):
+        for c in range(4):
+            if c < columns:
+                set_element(s_a, low_row + step * r * pitch + tx + 8 * c, acc[r, c])
+    cuda.syncthreads()
 
 
-@cache
+@specialised
 def _tril_kernel(DTYPE, BT):
     REAL = real_of(DTYPE)
     get, put = reader(DTYPE, REAL), writer(DTYPE, REAL)
     MATRICES, PITCH, LOG = SLAB // BT, BT + PAD, BT.bit_length() - 1
+    SIZE, BC_SIZE, STEP = SLAB * PITCH, SLAB * BC_PITCH, THREADS // BT
 
     @kernel(THREADS, 8)
     def tril_kernel(desc):
-        s_a = cuda.shared.array((SLAB, PITCH), REAL)
-        s_x = cuda.shared.array((SLAB, BC_PITCH), REAL)
+        s_a = cuda.shared.array(SIZE, REAL)
+        s_x = cuda.shared.array(BC_SIZE, REAL)
         s_first = cuda.shared.array(MATRICES, types.int64)
         s_n = cuda.shared.array(MATRICES, types.int64)
         acc = cuda.local.array((4, 4), REAL)
@@ -106,40 +112,44 @@ def _tril_kernel(DTYPE, BT):
             s_first[tid], s_n[tid] = first, n if slot < desc[SLOTS] else 0
         cuda.syncthreads()
 
-        source, target = a[0] + b * a[2] + h * a[4], ai[0] + b * ai[2] + h * ai[4]
+        # a thread copies one column of every matrix, from its own row on
         c, above = tid & (BT - 1), tid >> LOG
-        for i in range(0, SLAB, MATRICES):
-            row = i + above
-            m, r = row >> LOG, row & (BT - 1)
-            x = REAL(0)
-            if c < r < s_n[m]:
-                x = -get(source + (s_first[m] + r) * a[3] + c * a[5])
-            s_a[row, c] = x
+        source = a[0] + b * a[2] + h * a[4] + c * a[5]
+        target = ai[0] + b * ai[2] + h * ai[4] + c * ai[5]
+        for m in range(MATRICES):
+            n, row = s_n[m], above
+            address, place = source + (s_first[m] + row) * a[3], (m * BT + row) * PITCH + c
+            while row < BT:
+                set_element(s_a, place, -get(address) if c < row < n else REAL(0))
+                row, address, place = row + STEP, address + STEP * a[3], place + STEP * PITCH
         cuda.syncthreads()
 
-        # one column of the inverse of a diagonal block
+        # a thread has one column of the inverse of a diagonal block
         top, j = tid & -BC, tid & (BC - 1)
-        left = top & (BT - 1)
+        corner, column = top * PITCH + (top & (BT - 1)), top * BC_PITCH + j
         for i in range(BC):
             x = REAL(1) if i == j else REAL(0)
-            for m in range(i):
-                x += s_a[top + i, left + m] * s_x[top + m, j]
+            m = 0
+            while m < i:
+                x += element(s_a, corner + i * PITCH + m) * element(s_x, column + m * BC_PITCH)
+                m += 1
             # zero where zero times NaN came in
-            s_x[top + i, j] = x if j <= i else REAL(0)
+            set_element(s_x, column + i * BC_PITCH, x if j <= i else REAL(0))
         cuda.syncthreads()
         for i in range(BC):
-            s_a[top + i, left + j] = s_x[top + i, j]
+            set_element(s_a, corner + i * PITCH + j, element(s_x, column + i * BC_PITCH))
         cuda.syncthreads()
         if BT > 16:
             _merge(s_a, acc, 16, BT, tid, REAL(0))
         if BT > 32:
             _merge(s_a, acc, 32, BT, tid, REAL(0))
 
-        for i in range(0, SLAB, MATRICES):
-            row = i + above
-            m, r = row >> LOG, row & (BT - 1)
-            if r < s_n[m]:
-                put(target + (s_first[m] + r) * ai[3] + c * ai[5], s_a[row, c])
+        for m in range(MATRICES):
+            n, row = s_n[m], above
+            address, place = target + (s_first[m] + row) * ai[3], (m * BT + row) * PITCH + c
+            while row < n:
+                put(address, element(s_a, place))
+                row, address, place = row + STEP, address + STEP * ai[3], place + STEP * PITCH
 
     return tril_kernel
 
@@ -150,7 +160,7 @@ def _matrix(view, i, j, k):
     return view[0] + i * view[3] + j * view[4] + k * view[5], view[1], view[2]
 
 
-@cache
+@specialised
 def _triangular_kernel(DTYPE):
     REAL = real_of(DTYPE)
     get, put = reader(DTYPE, REAL), writer(DTYPE, REAL)
@@ -158,11 +168,12 @@ def _triangular_kernel(DTYPE):
     ROUNDED = DTYPE not in ("float32", "float64")
     get_x, put_x = reader(str(REAL), REAL), writer(str(REAL), REAL)
     PITCH = SIDE + PAD
+    SIZE = SIDE * PITCH
 
-    @kernel(THREADS, 8)
+    @kernel(THREADS, 6)
     def triangular_kernel(desc):
-        s_l = cuda.shared.array((SIDE, PITCH), REAL)
-        s_x = cuda.shared.array((SIDE, PITCH), REAL)
+        s_l = cuda.shared.array(SIZE, REAL)
+        s_x = cuda.shared.array(SIZE, REAL)
         s_inverse = cuda.shared.array(SIDE, REAL)
         acc = cuda.local.array((4, 4), REAL)
         tid = cuda.threadIdx.x
@@ -176,9 +187,11 @@ def _triangular_kernel(DTYPE):
         x, x_row, x_column = _matrix(_six(desc, X), i, j, k)
         out, out_row, out_column = _matrix(_six(desc, OUT), i, j, k)
         width = min(SIDE, desc[COLUMNS] - left)
-        right, x, out = right + left * b_column, x + left * x_column, out + left * out_column
+        # in tiles of registers a thread has a row and a column, in copies a column and a row
         tx, ty = tid & 7, tid >> 3
         lane, half = tid & 31, tid >> 5
+        right += left * b_column
+        x, out = x + (left + lane) * x_column, out + (left + lane) * out_column
 
         for top in range(0, desc[ROWS], SIDE):
             n = min(SIDE, desc[ROWS] - top)
@@ -189,39 +202,47 @@ def _triangular_kernel(DTYPE):
                     if row < n and column < width:
                         acc[r, c] = get(right + (top + row) * b_row + column * b_column)
             for m in range(0, top, SIDE):
-                for row in range(half, SIDE, 2):
-                    s_l[row, lane] = s_x[row, lane] = REAL(0)
+                for i in range(SIDE // 2):
+                    row = 2 * i + half
+                    l, known = REAL(0), REAL(0)
                     if row < n:
-                        at = matrix + (top + row) * l_row + (m + lane) * l_column
-                        s_l[row, lane] = -get(at)
+                        l = -get(matrix + (top + row) * l_row + (m + lane) * l_column)
                     if lane < width:
-                        s_x[row, lane] = get_x(x + (m + row) * x_row + lane * x_column)
+                        known = get_x(x + (m + row) * x_row)
+                    set_element(s_l, row * PITCH + lane, l)
+                    set_element(s_x, row * PITCH + lane, known)
                 cuda.syncthreads()
-                _add_product(acc, 4, SIDE, s_l, 0, 0, s_x, 0, tx, ty, 8, False)
+                _add_product(acc, SIDE, s_l, ty * PITCH, 8, s_x, tx, PITCH, 4, SIDE)
                 cuda.syncthreads()
 
-            for row in range(half, n, 2):
-                at = matrix + (top + row) * l_row + (top + lane) * l_column
-                if lane < row:
-                    s_l[row, lane] = -get(at)
-                if lane == row:
-                    s_inverse[row] = REAL(1) if desc[UNIT_DIAGONAL] else REAL(1) / get(at)
+            for i in range(SIDE // 2):
+                row = 2 * i + half
+                address = matrix + (top + row) * l_row + (top + lane) * l_column
+                if lane < row < n:
+                    set_element(s_l, row * PITCH + lane, -get(address))
+                if lane == row < n:
+                    inverse = REAL(1) if desc[UNIT_DIAGONAL] else REAL(1) / get(address)
+                    set_element(s_inverse, row, inverse)
             for r in range(4):
                 for c in range(4):
-                    s_x[ty + 8 * r, tx + 8 * c] = acc[r, c]
+                    set_element(s_x, (ty + 8 * r) * PITCH + tx + 8 * c, acc[r, c])
             cuda.syncthreads()
             if tid < SIDE:
                 for row in range(n):
-                    total = s_x[row, tid]
-                    for m in range(row):
-                        total += s_l[row, m] * s_x[m, tid]
-                    s_x[row, tid] = total * s_inverse[row]
+                    total = element(s_x, row * PITCH + tid)
+                    m = 0
+                    while m < row:
+                        total += element(s_l, row * PITCH + m) * element(s_x, m * PITCH + tid)
+                        m += 1
+                    set_element(s_x, row * PITCH + tid, total * element(s_inverse, row))
             cuda.syncthreads()
-            if lane < width:
-                for row in range(half, n, 2):
-                    put(out + (top + row) * out_row + lane * out_column, s_x[row, lane])
+            for i in range(SIDE // 2):
+                row = 2 * i + half
+                if row < n and lane < width:
+                    solution = element(s_x, row * PITCH + lane)
+                    put(out + (top + row) * out_row, solution)
                     if ROUNDED:
-                        put_x(x + (top + row) * x_row + lane * x_column, s_x[row, lane])
+                        put_x(x + (top + row) * x_row, solution)
             cuda.syncthreads()
 
     return triangular_kernel
@@ -252,7 +273,7 @@ def solve_tril(A, out, cu_seqlens):
 def solve_triangular(L, b, out, unit_diagonal):
     """Fill `out` with the solutions of ``L x = b``; leading axes have one shape."""
     n, m = b.shape[-2:]
-    x = out if str(real_of(out.dtype)) == out.dtype else empty(out, out.shape, "float32")
+    x = out if out.dtype == str(real_of(out.dtype)) else empty(out, out.shape, "float32")
     views = L, b, x, out
     axes = merged(list(zip(b.shape[:-2], *(view.strides[:-2] for view in views))))
     axes += [(1, 0, 0, 0, 0)] * (3 - len(axes))

@@ -1,0 +1,120 @@
+"""The shapes of the tiles for other machines: AVX2 and plain x86-64 run here, AVX-512 is compiled.
+
+Numba compiles for another processor where its environment says so, when a process begins.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+from llvmlite import binding
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="these are shapes of x86-64"
+)
+FEATURES = binding.get_host_cpu_features().flatten()
+AVX512 = ["f", "bw", "cd", "dq", "vl", "bf16", "vnni", "ifma", "vbmi"]
+
+
+def python(code, cache, **environment):
+    """Run code in a new process, with kernels compiled for it; return the JSON that it prints."""
+    environment = {**os.environ, **environment, "NUMBA_CACHE_DIR": str(cache)}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+ERRORS = """
+import json
+import numpy as np
+import nbdelta
+from nbdelta import naive
+from nbdelta.cpu import _simd
+from nbdelta.testing import as_dtype, make_inputs, rel_l2
+
+errors = {"shape": [_simd.BITS, _simd.REGISTERS]}
+
+def compare(name, result, reference):
+    for x, y in zip(result, reference):
+        error = float(np.max(rel_l2(x, y)))
+        errors[name] = max(errors.get(name, 0.0), error)
+
+for gate in ("gda", "kda"):
+    for sizes in ((2, 37, 2, 4, 32, 48), (1, 20, 1, 2, 20, 7)):
+        call = make_inputs(0, *sizes, gate, states=sizes[0])
+        call.update(use_qk_l2norm_in_kernel=True, output_final_state=True)
+        reference = naive.gated_delta_rule(**call)
+        compare("chunk " + gate, nbdelta.chunk_gated_delta_rule(**call), reference)
+        compare("recurrent " + gate, nbdelta.fused_recurrent_gated_delta_rule(**call), reference)
+rng = np.random.default_rng(0)
+x = rng.standard_normal((1, 70, 3, 32)).astype(np.float32)
+for axis in (1, 3):
+    result = nbdelta.chunk_local_cumsum(x, 16, axis=axis, reverse=axis == 3)
+    compare("cumsum", [result], [naive.chunk_local_cumsum(x, 16, axis=axis, reverse=axis == 3)])
+compare("gate", [nbdelta.fused_gate(x)], [naive.fused_gate(x)])
+compare("solve_tril", [nbdelta.solve_tril(x / 8)], [naive.solve_tril(x / 8)])
+half = as_dtype(x, "float16")
+compare("float16", [nbdelta.chunk_local_cumsum(half, 16)], [naive.chunk_local_cumsum(half, 16)])
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "shape"),
+    [
+        pytest.param(
+            "haswell",
+            "+avx2",
+            [256, 16],
+            marks=pytest.mark.skipif("+avx2" not in FEATURES, reason="this machine has no AVX2"),
+        ),
+        # neither fused multiply-adds nor conversions of float16
+        ("x86-64", None, [128, 16]),
+    ],
+)
+def test_other_shapes_have_the_same_accuracy(tmp_path, name, features, shape):
+    kept = FEATURES if features else "+sse,+sse2,+cx8,+fxsr,+mmx,+64bit"
+    errors = python(ERRORS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=kept)
+    assert errors.pop("shape") == shape
+    assert max(errors.values()) <= 2e-6, errors
+
+
+CODE = """
+import json
+import numpy as np
+from nbdelta.cpu import _simd, chunk, solve_tril
+
+assert (_simd.BITS, _simd.REGISTERS, _simd.DOTS_BFLOAT16) == (512, 32, True)
+kernels = {
+    "chunk": chunk._chunk_kernel(np.float32, False, False),
+    "chunk of bfloat16": chunk._chunk_kernel(np.float32, True, True),
+    "solve": solve_tril._solve_kernel(np.float32),
+}
+print(json.dumps({n: k.compiled._library.get_asm_str() for n, k in kernels.items()}))
+"""
+
+
+def test_avx512_code_fills_the_registers_and_spills_next_to_nothing(tmp_path):
+    features = [f for f in FEATURES.split(",") if "avx512" not in f]
+    features += [f"+avx512{f}" for f in AVX512]
+    texts = python(CODE, tmp_path, NUMBA_CPU_NAME="znver4", NUMBA_CPU_FEATURES=",".join(features))
+    for name, text in texts.items():
+        vectors = len(re.findall("%zmm", text))
+        assert vectors > 1000, name
+        assert re.search(r"%zmm(1[6-9]|2\d|3[01])\b", text), name
+        spills = len(re.findall(r"\svmov\w+\s+%zmm\d+, -?\d*\(%r[sb]p\)", text))
+        assert spills <= 0.02 * vectors, name
+        products = len(re.findall(r"\svfmadd\w+\s.*%zmm", text))
+        assert products > 200, name
+    assert "vdpbf16ps" in texts["chunk of bfloat16"]
