@@ -2,6 +2,7 @@
 
 from nbdelta.ops import (
     chunk_gated_delta_rule,
+    chunk_gated_delta_rule_bwd,
     chunk_kda,
     chunk_local_cumsum,
     fused_gate,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "chunk_gated_delta_rule",
+    "chunk_gated_delta_rule_bwd",
     "chunk_kda",
     "chunk_local_cumsum",
     "fused_gate",

@@ -191,6 +191,137 @@ chunk_gated_delta_rule = _rule(_chunks)
 chunk_kda = _rule(_chunks)
 
 
+def _tokens_backward(q, k, v, g, beta, S, do, dS):
+    """Gradients of one sequence: the states token by token, then the same steps in reverse."""
+    T = len(v)
+    decay = np.exp(g)
+    decayed, errors = [], []
+    for t in range(T):
+        decayed.append(S * decay[t][:, :, None])
+        errors.append(v[t] - np.einsum("hkv,hk->hv", decayed[t], k[t]))
+        S = decayed[t] + k[t][:, :, None] * (beta[t][:, None] * errors[t])[:, None, :]
+    dq, dk, dv, dg, dbeta = (np.empty(x.shape) for x in (q, k, v, g, beta))
+    for t in reversed(range(T)):
+        d = beta[t][:, None] * errors[t]
+        dS = dS + q[t][:, :, None] * do[t][:, None, :]
+        dq[t] = np.einsum("hkv,hv->hk", decayed[t], do[t]) + k[t] * (d * do[t]).sum(-1)[:, None]
+        dd = np.einsum("hkv,hk->hv", dS, k[t])
+        dbeta[t] = (dd * errors[t]).sum(-1)
+        dv[t] = beta[t][:, None] * dd
+        dk[t] = np.einsum("hkv,hv->hk", dS, d) - np.einsum("hkv,hv->hk", decayed[t], dv[t])
+        dS = dS - k[t][:, :, None] * dv[t][:, None, :]
+        dg[t] = (dS * decayed[t]).sum(-1)
+        dS = dS * decay[t][:, :, None]
+    return dq, dk, dv, dg, dbeta, dS
+
+
+def chunk_gated_delta_rule_bwd(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    do,
+    dht=None,
+    scale=None,
+    initial_state=None,
+    use_qk_l2norm_in_kernel=False,
+    *,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    lower_bound=None,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+    state_v_first=False,
+    cu_seqlens=None,
+    head_order="interleaved",
+    precision=None,
+):
+    """Gradients of ``sum(do * o) + sum(dht * final_state)`` of the rule."""
+    raw_q, raw_k, v, raw_g, raw_beta, do = (_float64(x) for x in (q, k, v, g, beta, do))
+    B, T, H, K = raw_q.shape
+    HV, V = v.shape[2:]
+    scale = K**-0.5 if scale is None else scale
+    value_head = np.arange(HV)
+    key_head = value_head % H if head_order == "tiled" else value_head // (HV // H)
+    q, k = raw_q, raw_k
+    if use_qk_l2norm_in_kernel:
+        q, k = _l2norm(q), _l2norm(k)
+    decay = raw_g
+    if use_gate_in_kernel:
+        decay = fused_gate(raw_g, A_log, dt_bias, lower_bound=lower_bound)
+    decay = np.zeros((B, T, HV)) if raw_g is None else decay
+    per_channel = decay.ndim == 4
+    if not per_channel:
+        decay = np.repeat(decay[..., None], K, axis=-1)
+    strength = np.ones((B, T, HV)) if raw_beta is None else raw_beta
+    if use_beta_sigmoid_in_kernel:
+        strength = _sigmoid(raw_beta) * (2.0 if allow_neg_eigval else 1.0)
+
+    ends = _bounds(v.shape, 1, cu_seqlens)
+    sequences = [(b, *ends[0]) for b in range(B)] if cu_seqlens is None else [(0, *e) for e in ends]
+    do = np.zeros(v.shape) if do is None else do
+    given, dht = _float64(initial_state), _float64(dht)
+    S = np.zeros((len(sequences), HV, K, V))
+    dh0 = S.copy()
+    if given is not None:
+        S = given.swapaxes(-1, -2) if state_v_first else given
+    if dht is not None:
+        dh0 = (dht.swapaxes(-1, -2) if state_v_first else dht).copy()
+
+    heads = (q[:, :, key_head] * scale, k[:, :, key_head], v, decay, strength)
+    dq, dk, dv, dg, dbeta = (np.zeros(x.shape) for x in heads)
+    for n, (b, bos, eos) in enumerate(sequences):
+        at = b, slice(bos, eos)
+        *grads, dh0[n] = _tokens_backward(*(x[at] for x in heads), S[n], do[at], dh0[n])
+        dq[at], dk[at], dv[at], dg[at], dbeta[at] = grads
+
+    dq, dk = (np.stack([x[:, :, key_head == h].sum(2) for h in range(H)], 2) for x in (dq, dk))
+    dq *= scale
+    if use_qk_l2norm_in_kernel:
+        dq, dk = _l2norm_backward(raw_q, dq), _l2norm_backward(raw_k, dk)
+    if not per_channel:
+        dg = dg.sum(-1)
+    if use_beta_sigmoid_in_kernel:
+        dbeta *= strength * _sigmoid(-raw_beta)
+    result = [dq, dk, dv, dg, dbeta, dh0.swapaxes(-1, -2) if state_v_first else dh0]
+    for i, x in enumerate((raw_g, raw_beta, initial_state)):
+        if x is None:
+            result[3 + i] = None
+    if use_gate_in_kernel:
+        result[3], *more = _gate_backward(raw_g, dg, A_log, dt_bias, lower_bound)
+        result += more
+    return tuple(result)
+
+
+def _l2norm_backward(x, dy):
+    norm = np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    y = x / norm
+    return (dy - y * (y * dy).sum(-1, keepdims=True)) / norm
+
+
+def _gate_backward(x, dg, A_log, dt_bias, lower_bound):
+    """Gradients of a raw gate, of A_log and of dt_bias (None where they are)."""
+    HV = x.shape[2]
+    per_head = (HV,) + (1,) * (x.ndim - 3)
+    rate = np.exp(np.zeros(HV) if A_log is None else _float64(A_log)).reshape(per_head)
+    bias = np.zeros(HV) if dt_bias is None else _float64(dt_bias)
+    x = x + bias.reshape(per_head if bias.size == HV else (HV, *x.shape[3:]))
+    if lower_bound is None:
+        slope, by_rate = -rate * _sigmoid(x), -rate * _softplus(x)
+    else:
+        slope = lower_bound * rate * _sigmoid(rate * x) * _sigmoid(-rate * x)
+        by_rate = slope * x
+    dx, dA = dg * slope, dg * by_rate
+    dA = dA.sum(axis=(0, 1, *range(3, x.ndim)))
+    dbias = dx.sum(axis=(0, 1))
+    if bias.size == HV:
+        dbias = dbias.reshape(HV, -1).sum(1)
+    shape = None if dt_bias is None else np.shape(dt_bias)
+    return dx, None if A_log is None else dA, None if shape is None else dbias.reshape(shape)
+
+
 def chunk_local_cumsum(
     x, chunk_size, *, axis=1, reverse=False, scale=None, cu_seqlens=None, out=None
 ):

@@ -12,6 +12,7 @@ from nbdelta.blocks import (
 )
 from nbdelta.checks import IndexLike
 from nbdelta.dispatch import run, stage
+from nbdelta.gradients import keep_states, prepare_gradients
 from nbdelta.problem import prepare
 
 # the results are arrays of the kind of the first argument; `final_state` may be None all the same,
@@ -741,6 +742,130 @@ def fused_recurrent_kda(
         repeat.remember(arrays, options, problem)
         results = problem.results()
     return results
+
+
+def chunk_gated_delta_rule_bwd(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    beta: Array | None,
+    do: Array | None,
+    dht: Array | None = None,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: IndexLike | None = None,
+    head_order: str = "interleaved",
+    precision: str | None = None,
+) -> tuple[ArrayT | None, ...]:
+    """Compute the gradients of `chunk_gated_delta_rule`, for both gate layouts.
+
+    The gradients of ``sum(do * o) + sum(dht * final_state)``. Torch tensors that require a gradient
+    get it without this function.
+
+    Parameters
+    ----------
+    q, k : array, shape ``[B, T, H, K]``
+        Queries and keys.
+    v : array, shape ``[B, T, HV, V]``
+        Values, in the dtype of `q`.
+    g : array, shape ``[B, T, HV]`` or ``[B, T, HV, K]``, or None
+        Natural logarithm of the decay, or raw gates; ``None`` is no decay.
+    beta : array, shape ``[B, T, HV]``, or None
+        Strength of the write; ``None`` is 1.
+    do : array, shape ``[B, T, HV, V]``, or None
+        Gradient of the output, in any floating dtype; ``None`` is zeros, and then `dht` is needed.
+    dht : array, shape ``[N, HV, K, V]``, optional
+        Gradient of the final state, in any floating dtype and in the layout of the states; zeros
+        when ``None``.
+    scale : float, optional
+        Factor of the output. ``None`` is ``K ** -0.5``.
+    initial_state : array, shape ``[N, HV, K, V]``, optional
+        The state before the first token of each sequence.
+    use_qk_l2norm_in_kernel : bool
+        As in `gated_delta_rule`.
+    use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first : bool
+        As in `gated_delta_rule`.
+    A_log, dt_bias : array, optional
+        As in `gated_delta_rule`, shape ``[HV]``; dt_bias also ``[HV * K]`` or ``[HV, K]``.
+    lower_bound : float, optional
+        As in `gated_delta_rule`.
+    cu_seqlens : array or sequence of int, shape ``[N + 1]``, optional
+        As in `gated_delta_rule`.
+    head_order : {"interleaved", "tiled"}
+        As in `gated_delta_rule`.
+    precision : {"highest"}, optional
+        As in `gated_delta_rule`, for the states, which are computed once more. All other products
+        are those of float32, or float64 with float64 inputs.
+
+    Returns
+    -------
+    dq, dk, dv, dg, dbeta, dh0 : array or None
+        Gradients of q, k, v, g, beta and initial_state, in their shapes and dtypes and of the kind
+        of `q`; ``None`` for an argument that is ``None``. Those of what was given: of the raw gate,
+        the logit of beta, the vector before it was normalised.
+    dA_log, ddt_bias : array or None
+        Only with `use_gate_in_kernel`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `gated_delta_rule` does, before anything is written.
+
+    Notes
+    -----
+    The states at every 64th token are kept, all others made anew. Gradients do not depend on the
+    number of threads, and those of a sequence not on the batch it is in, to the last bit; all but
+    those of `A_log` and `dt_bias`, which are sums over sequences, in their order. The backward pass
+    of arXiv 2412.06464 and 2510.26692, with the solve of 2406.06484.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbdelta
+    >>> q = k = np.ones((1, 1, 1, 1), np.float32)
+    >>> v, do = 2 * q, 3 * q
+    >>> beta = np.full((1, 1, 1), 0.5, np.float32)
+    >>> dq, dk, dv, dg, dbeta, dh0 = nbdelta.chunk_gated_delta_rule_bwd(q, k, v, None, beta, do)
+    >>> print(dq.item(), dv.item(), dbeta.item(), dg, dh0)
+    3.0 1.5 6.0 None None
+    """
+    gradients = prepare_gradients(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        do,
+        dht,
+        scale,
+        initial_state,
+        use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        head_order=head_order,
+        precision=precision,
+    )
+    states = keep_states(gradients.problem)
+    if states.shape[0]:
+        run(gradients.problem, "chunk")  # its output is overwritten with the gradient of v
+    stage("chunk_backward", gradients.problem.device).chunk_gated_delta_rule_bwd(gradients)
+    return cast("tuple[ArrayT | None, ...]", gradients.results())
 
 
 def chunk_local_cumsum(

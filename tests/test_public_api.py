@@ -21,6 +21,7 @@ RULES = (
     "chunk_kda",
     "fused_recurrent_kda",
 )
+BACKWARD = "chunk_gated_delta_rule_bwd"
 BLOCKS = ("chunk_local_cumsum", "solve_tril", "solve_triangular", "fused_gate")
 POSITIONAL = (
     *("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state"),
@@ -40,7 +41,7 @@ def parameters(name, kind):
 
 
 def test_exports():
-    assert sorted(nbdelta.__all__) == sorted((*RULES, *BLOCKS))
+    assert sorted(nbdelta.__all__) == sorted((*RULES, BACKWARD, *BLOCKS))
     public = {n for n in vars(nbdelta) if not n.startswith("_")}
     modules = {n for n in public if inspect.ismodule(getattr(nbdelta, n))}
     assert public - modules == set(nbdelta.__all__)
@@ -57,6 +58,14 @@ def test_signature_of_rules(name):
     assert [p for p in POSITIONAL if defaults[p].default is inspect.Parameter.empty] == [
         *("q", "k", "v", "g", "beta")
     ]
+
+
+def test_signature_of_the_backward_pass():
+    options = [p for p in POSITIONAL[5:] if p != "output_final_state"]
+    forward = (*POSITIONAL[:5], "do", "dht", *options)
+    assert parameters(BACKWARD, inspect.Parameter.POSITIONAL_OR_KEYWORD) == forward
+    only = COMMON - {"checkpoint_interval", "out"}
+    assert set(parameters(BACKWARD, inspect.Parameter.KEYWORD_ONLY)) == only
 
 
 @pytest.mark.parametrize(

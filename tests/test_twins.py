@@ -11,6 +11,8 @@ import nbdelta
 PACKAGE = Path(nbdelta.__file__).parent
 CPU, CUDA = PACKAGE / "cpu", PACKAGE / "cuda"
 STAGES = sorted(p.name for p in CPU.glob("[!_]*.py"))
+# gradients are computed on the CPU alone so far, and a call with other arrays says so
+CPU_ALONE = {"chunk_backward.py"}
 
 
 @cache
@@ -61,10 +63,10 @@ def calls_of(path, names):
 
 
 def test_same_files():
-    assert sorted(p.name for p in CUDA.glob("[!_]*.py")) == STAGES
+    assert sorted(p.name for p in CUDA.glob("[!_]*.py")) == sorted({*STAGES} - CPU_ALONE)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", sorted({*STAGES} - CPU_ALONE))
 def test_same_host_functions(name):
     functions = host_functions(CPU / name)
     assert functions, "a stage file without a host function"

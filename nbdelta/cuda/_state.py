@@ -18,6 +18,8 @@ from nbdelta.cuda._ptx import F32, F64, I32, I64, simulated_exchange, warp_shuff
 
 THREADS, WARP = 128, 32
 RECORD = 4
+# of every sum over the rows
+PARTS = 4
 
 
 class Form(NamedTuple):
@@ -26,6 +28,10 @@ class Form(NamedTuple):
     `vector` neighbours along K or V are 16 bytes, and `lanes` threads side by side hold
     neighbouring vectors. The rows of a thread are ``first_row + row_steps``, its columns
     ``first_column + column_steps``.
+
+    In all forms for a dtype a sum over the rows is taken in one order: rows that are alike modulo
+    some number one after the other; the sums of neighbouring ones in pairs, as far as they belong
+    to one of four parts; and then the parts. So the layout of a state does not show in the results.
     """
 
     columns: int  # of the block
@@ -35,8 +41,7 @@ class Form(NamedTuple):
     row_steps: tuple[int, ...]
     column_steps: tuple[int, ...]
     rows: int  # of all threads together
-    row_lanes: tuple[int, ...]  # bits of the lane's number that tell rows apart
-    parts: int  # warps that hold rows of a column, and so parts of its sums
+    row_lanes: tuple[int, ...]  # bits of a lane's number that tell rows of one part apart
 
     @property
     def count(self):
@@ -59,15 +64,16 @@ def form_of(K, dtype, along_k):
     """Form for states of a dtype whose contiguous axis is K, or V."""
     size = ITEMSIZE[dtype]
     columns, vector = (16 if size == 8 else 32), 16 // size
+    classes = THREADS * vector // columns
     if along_k:
-        lanes, parts = 8, 1
-        width = lanes * vector
-        row_steps = [i + j for i in range(0, K, width) for j in range(vector)]
+        lanes = classes // vector
+        row_steps = [i + j for i in range(0, K, classes) for j in range(vector)]
         column_steps = range(0, columns, THREADS // lanes)
+        row_lanes = [b for b in (1, 2) if b < lanes // PARTS]
     else:
-        lanes, parts = columns // vector, THREADS // WARP
-        width = THREADS // lanes
-        row_steps, column_steps = range(0, K, width), range(vector)
+        lanes = columns // vector
+        row_steps, column_steps = range(0, K, classes), range(vector)
+        row_lanes = [b for b in (1, 2, 4, 8, 16) if b >= lanes]
     return Form(
         columns=columns,
         along_k=along_k,
@@ -75,9 +81,8 @@ def form_of(K, dtype, along_k):
         lanes=lanes,
         row_steps=tuple(row_steps),
         column_steps=tuple(column_steps),
-        rows=-(-K // width) * width,
-        row_lanes=(1, 2, 4) if along_k else tuple(b for b in (1, 2, 4, 8, 16) if b >= lanes),
-        parts=parts,
+        rows=-(-K // classes) * classes,
+        row_lanes=tuple(row_lanes),
     )
 
 
@@ -255,20 +260,24 @@ def dots(form, REAL):
     """A function ``(state, records, half, row, sums, part, column, lane)``.
 
     Multiplies every column of the state with e^g k and e^g q, and writes the sums over the rows of
-    this warp into ``sums [2, parts, columns]``.
+    this part into ``sums [2, parts, columns]``.
     """
     width = len(form.column_steps)
+    # classes of rows that a thread has, in turn
+    classes = form.vector if form.along_k else 1
 
     def simulated(state, records, half, row, sums, part, column, lane):
         x = np.array(state).reshape(len(form.row_steps), width)
-        result = np.zeros((2, width), _numpy(REAL))
-        for step, numbers in zip(form.row_steps, x):
+        result = np.zeros((classes, 2, width), _numpy(REAL))
+        for i, (step, numbers) in enumerate(zip(form.row_steps, x)):
             weights = records[_record_places(form, half, row + step)[:2]]
-            result += weights[:, None] * numbers
-        result = _simulated_sum(result, form.row_lanes)
+            result[i % classes] += weights[:, None] * numbers
+        while len(result) > 1:
+            result = result[::2] + result[1::2]
+        result = _simulated_sum(result[0], form.row_lanes)
         for which in range(2):
             for step, x in zip(form.column_steps, result[which]):
-                sums[(which * form.parts + part) * form.columns + column + step] = x
+                sums[(which * PARTS + part) * form.columns + column + step] = x
 
     @intrinsic(simulated)
     def dots(typingctx, state, records, half, row, sums, part, column, lane):
@@ -276,16 +285,21 @@ def dots(form, REAL):
             state, records, half, row, sums, part, column, lane = args
             data = _data_of(context, builder, signature.args[1], records)
             zero = ir.Constant(_llvm(REAL), 0.0)
-            result = [zero] * (2 * width)
+            sums_of = [[zero] * (2 * width) for _ in range(classes)]
             for i, weights in enumerate(_records(form, builder, data, half, row, 0)):
+                result = sums_of[i % classes]
                 for j in range(width):
                     x = builder.extract_value(state, i * width + j)
                     for which in range(2):
                         place = which * width + j
                         result[place] = builder.fma(weights[which], x, result[place])
+            while len(sums_of) > 1:
+                pairs = zip(sums_of[::2], sums_of[1::2])
+                sums_of = [[builder.fadd(x, y) for x, y in zip(*pair)] for pair in pairs]
+            (result,) = sums_of
             place = builder.add(builder.mul(part, ir.Constant(I32, form.columns)), column)
             places = [
-                ir.Constant(I32, which * form.parts * form.columns + step)
+                ir.Constant(I32, which * PARTS * form.columns + step)
                 for which in range(2)
                 for step in form.column_steps
             ]

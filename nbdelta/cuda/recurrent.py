@@ -66,6 +66,7 @@ from nbdelta.cuda._memory import (
     writer,
 )
 from nbdelta.cuda._state import (
+    PARTS,
     RECORD,
     THREADS,
     WARP,
@@ -122,7 +123,7 @@ def _recurrent_kernel(REAL, DTYPE, STATE, form, VECTORS, MASKED, PER_CHANNEL, WI
     store = storer(form, REAL, STATE, VECTORS[1], MASKED)
     sum_1, sum_3 = warp_sum(REAL, 1), warp_sum(REAL, 3)
     keep, multiply, step = keep_record(form, REAL), dots(form, REAL), update(form, REAL)
-    ROWS, COLUMNS, PARTS = form.rows, form.columns, form.parts
+    ROWS, COLUMNS = form.rows, form.columns
     LANES, VECTOR, ALONG_K = form.lanes, form.vector, form.along_k
     RECORDS, SUMS, NORMS = 2 * ROWS * RECORD, 2 * PARTS * COLUMNS, 2 * 3 * WARPS
     ZERO, ONE = REAL(0), REAL(1)
@@ -168,7 +169,7 @@ def _recurrent_kernel(REAL, DTYPE, STATE, form, VECTORS, MASKED, PER_CHANNEL, WI
             deltas = cuda.shared.array(COLUMNS, REAL, 16)
             norms = cuda.shared.array(NORMS, REAL, 16)
         if ALONG_K:
-            row, own, part = t % LANES * VECTOR, t // LANES, int32(0)
+            row, own, part = t % LANES * VECTOR, t // LANES, t % LANES // (LANES // PARTS)
         else:
             row, own, part = t // LANES, t % LANES * VECTOR, warp
         if h0[0] != 0:
@@ -315,7 +316,6 @@ def job_of(problem, min_length=0, max_length=None):
     desc = describe(p, np.float64 if REAL == float64 else np.float32, min_length, max_length)
     states = [x for x in (p.final_state, p.checkpoints, p.initial_state) if x is not None]
     dtype = states[0].dtype if states else "float32"
-    # only where it makes for wider accesses: the form decides in which order sums are taken
     along_k = bool(states) and states[0].strides[2] == states[0].itemsize != states[0].strides[3]
     form = form_of(p.K, dtype, along_k)
     vectors = (

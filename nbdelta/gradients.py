@@ -1,0 +1,153 @@
+"""One validated call of the backward pass: the forward call, gradients in and out."""
+
+from dataclasses import dataclass
+
+from nbdelta.arrays import View, empty, view
+from nbdelta.checks import expect_float, expect_shape
+from nbdelta.dispatch import expect_one_device, stage
+from nbdelta.problem import Problem, prepare
+from nbdelta.structure import see_dt_bias
+
+
+@dataclass(slots=True, eq=False)
+class Gradients:
+    """One validated call. States are seen as ``[N, HV, K, V]``, as in `Problem`.
+
+    The gradient of v is where the forward pass would have put o. The problem's checkpoints are the
+    states at the starts of chunks, kept by the forward pass.
+    """
+
+    problem: Problem
+    do: View | None  # [B, T, HV, V]
+    dht: View | None  # [N, HV, K, V]
+    dq: View
+    dk: View
+    dg: View | None
+    dbeta: View | None
+    dh0: View | None
+    dA_log: View | None
+    ddt_bias: View | None  # [HV, K or 1]
+
+    def results(self) -> "tuple[object, ...]":
+        """Return what the user gets, None for every input that was None."""
+        found = [self.dq, self.dk, self.problem.o, self.dg, self.dbeta, self.dh0]
+        if self.problem.use_gate_in_kernel:
+            found += [self.dA_log, self.ddt_bias]
+        return tuple([None if x is None else x.owner for x in found])
+
+
+def chunk_length(device: str) -> int:
+    """Tokens from one state that the forward pass keeps to the next."""
+    length: int = stage("chunk_backward", device).CHUNK
+    return length
+
+
+def keep_states(problem: Problem, states: View | None = None) -> View:
+    """Let the forward pass keep the states at the starts of chunks, or take what it kept.
+
+    Parameters
+    ----------
+    problem : Problem
+        A call without checkpoints.
+    states : View, optional
+        ``[n, HV, K, V]``, what an equal call kept. ``None`` allocates them.
+
+    Returns
+    -------
+    View
+        The states, of as many chunks as are whole.
+    """
+    p = problem
+    p.checkpoint_interval = chunk_length(p.device)
+    if p.lengths is None:
+        n = p.N * (p.T // p.checkpoint_interval)
+    else:
+        n = int((p.lengths // p.checkpoint_interval).sum())
+    if states is None:
+        dtype = "float64" if p.q.dtype == "float64" else "float32"
+        states = empty(p.q, (n, p.HV, p.K, p.V), dtype)
+    p.checkpoints = states
+    return states
+
+
+def prepare_gradients(
+    q: object,
+    k: object,
+    v: object,
+    g: object,
+    beta: object,
+    do: object,
+    dht: object,
+    scale: object,
+    initial_state: object,
+    use_qk_l2norm_in_kernel: object,
+    **options: object,
+) -> Gradients:
+    """Check a call of the backward pass, then allocate its results.
+
+    Parameters
+    ----------
+    q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, do, dht, options : object
+        As in `nbdelta.chunk_gated_delta_rule_bwd`.
+
+    Returns
+    -------
+    Gradients
+        With its results allocated and not yet filled, and without states.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `nbdelta.problem.prepare` does.
+    """
+    raw_dt_bias = options["dt_bias"]
+    p = prepare(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        False,
+        use_qk_l2norm_in_kernel,
+        checkpoint_interval=None,
+        out=None,
+        **options,  # type: ignore[arg-type]
+    )
+    if p.device != "cpu":
+        raise RuntimeError(f"q: is on {p.device}: gradients are computed on the CPU alone so far")
+    if do is None and dht is None:
+        raise ValueError("do: needs a gradient of o, of the final state (dht), or both, got None")
+    given, last = None, None
+    if do is not None:
+        given = view(do, "do")
+        expect_float(given, "do")
+        expect_shape(given, "do", "B T HV V", (p.B, p.T, p.HV, p.V))
+    if dht is not None:
+        last = view(dht, "dht")
+        expect_float(last, "dht")
+        if options["state_v_first"]:
+            expect_shape(last, "dht", "N HV V K", (p.N, p.HV, p.V, p.K))
+            last = last.swap_last()
+        else:
+            expect_shape(last, "dht", "N HV K V", (p.N, p.HV, p.K, p.V))
+    expect_one_device(("q", "do", "dht"), (p.q, given, last))
+    dh0 = _like(p.q, p.initial_state)
+    if p.initial_state is not None and options["state_v_first"]:
+        dh0 = _like(p.q, p.initial_state.swap_last())
+        assert dh0 is not None
+        dh0 = dh0.swap_last()
+    ddt_bias = None
+    if p.dt_bias is not None:
+        raw = view(raw_dt_bias, "dt_bias")
+        made = empty(p.q, raw.shape, raw.dtype)
+        ddt_bias = see_dt_bias(made, p.HV, p.K if p.per_channel else None)
+    dq, dk = empty(p.q, p.q.shape, p.q.dtype), empty(p.q, p.k.shape, p.k.dtype)
+    dg, dbeta, dA_log = _like(p.q, p.g), _like(p.q, p.beta), _like(p.q, p.A_log)
+    return Gradients(p, given, last, dq, dk, dg, dbeta, dh0, dA_log, ddt_bias)
+
+
+def _like(q: View, x: View | None) -> View | None:
+    """Allocate the gradient of an argument."""
+    return None if x is None else empty(q, x.shape, x.dtype)
