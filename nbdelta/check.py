@@ -28,6 +28,12 @@ _POOLED = ("pool, in place", "speculative")
 _HARD = (*(f"gate {gate:g}" for gate in (0.0, *MIXED_GATES[-4:])), "gates mixed")
 
 
+_TRAINED = ("plain", "l2norm, states", "packed", "raw gate, raw beta")
+# of gradients, the second of those of g and beta: sums over products of a row
+_GRADIENT_BOUNDS = {"float64": (1e-9, 1e-9), "float32": (2e-4, 2e-4)}
+_HALF_GRADIENT_BOUNDS = (0.008, 0.02)
+
+
 @dataclass
 class _Row:
     """The worst of some calls: error and bound of the call with the largest ratio of the two."""
@@ -157,7 +163,32 @@ def _check_rules(gate, dtype, seed, device):
                     # on a GPU the chunked form multiplies numbers of 16 bits as they are
                     products = dtype if device != "cpu" and "recurrent" not in name else None
                     _compare(rows[key], case, result, reference, dtype, hard, products)
-    return sorted(rows.values(), key=lambda row: (_RULES.index(row.function), row.cases))
+    in_order = sorted(rows.values(), key=lambda row: (_RULES.index(row.function), row.cases))
+    return [*in_order, _check_gradients(gate, dtype, seed)] if device == "cpu" else in_order
+
+
+def _check_gradients(gate, dtype, seed):
+    name = "chunk_gated_delta_rule_bwd"
+    row = _Row(name, gate.upper(), dtype, "options")
+    rng = np.random.default_rng(seed + 2)
+    for case in _TRAINED:
+        arguments = _arguments(case, gate, dtype, seed)
+        o, state = naive.gated_delta_rule(**arguments)
+        del arguments["output_final_state"]
+        state_dtype = "float64" if dtype == "float64" else "float32"
+        arguments["do"] = as_dtype(rng.standard_normal(o.shape), dtype)
+        arguments["dht"] = as_dtype(rng.standard_normal(state.shape), state_dtype)
+        gradients = getattr(nbdelta, name)(**arguments)
+        references = getattr(naive, name)(**arguments)
+        for i, (x, reference) in enumerate(zip(gradients, references, strict=True)):
+            if reference is not None:
+                # q, k, v, g, beta, state, A_log, dt_bias
+                # with float64 inputs, gates in float32 get float32 gradients
+                kind = x.dtype.name if dtype == "float64" else dtype
+                bounds = _GRADIENT_BOUNDS.get(kind, _HALF_GRADIENT_BOUNDS)
+                error = np.linalg.norm(np.asarray(x, np.float64) - reference)
+                row.add(case, error / np.linalg.norm(reference), bounds[i in (3, 4, 6, 7)])
+    return row
 
 
 def _own_pool(arguments):

@@ -22,14 +22,14 @@ TENSOR = ("mma.sync.aligned.m16n8k16", "ldmatrix.sync", "cp.async")
 BUDGETS = (
     # bandwidth is all they need: 16 warps a multiprocessor and more
     Budget("gate *", 48, 0, 8),
-    Budget("cumsum float64 to float64, staged", 56, 36864, 6),
-    Budget("cumsum *, staged", 56, 19968, 9),
+    Budget("cumsum float64 to float64, staged", 64, 36864, 6),
+    Budget("cumsum *, staged", 64, 19968, 8),
     Budget("cumsum *", 64, 0, 8),
     Budget("tril float64, BT 64", 128, 45584, 4),
     Budget("tril float64, *", 128, 29216, 7),
     Budget("tril *", 96, 22800, 9),
-    Budget("triangular float64", 128, 20736, 8),
-    Budget("triangular *", 128, 10368, 8),
+    Budget("triangular float64", 168, 20736, 6),
+    Budget("triangular *", 168, 10368, 6),
     # 64 KB of states on their way from and to memory: four blocks of 128 rows, three of 256
     Budget("recurrent *, K 1[0-9][0-9], strided", 168, 10 * 1024, 3),
     Budget("recurrent *, strided", 255, 20 * 1024, 2),
