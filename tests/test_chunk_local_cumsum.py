@@ -68,6 +68,29 @@ def test_layouts(layout, reverse):
     assert_same_bits(y, nbdelta.chunk_local_cumsum(x, 16, reverse=reverse))
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("lanes", [1, 5, 15, 16, 17, 47, 127, 130])
+def test_lanes(lanes, reverse):
+    # dense rows of few lanes are summed from copies of several steps
+    x = random(2, 290, lanes)
+    y = nbdelta.chunk_local_cumsum(x, 140, reverse=reverse)
+    assert_cumsum(y, x, 140, reverse=reverse)
+    assert_same_bits(y, nbdelta.chunk_local_cumsum(relayout(x, "transposed"), 140, reverse=reverse))
+    # in place the numbers around a chunk are at stake
+    nbdelta.chunk_local_cumsum(x, 140, reverse=reverse, out=x)
+    assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("lanes", [5, 24, 32])
+def test_large_results(lanes, reverse, device):
+    if device != "cpu":
+        pytest.skip("only the CPU writes large results in another way")
+    x = random(1, (9 << 20) // (4 * lanes), lanes)
+    y = nbdelta.chunk_local_cumsum(x, 64, reverse=reverse)
+    assert_cumsum(y, x, 64, reverse=reverse)
+
+
 def test_broadcast_input():
     x = np.broadcast_to(np.float32(0.25), (2, 10, 3))
     assert_cumsum(nbdelta.chunk_local_cumsum(x, 4), x, 4)

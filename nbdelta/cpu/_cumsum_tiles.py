@@ -1,4 +1,4 @@
-"""Tiles of the cumulative sums: one step down a wide row, or 16 rows of 16 steps."""
+"""Tiles of the cumulative sums: a step of a wide row, steps of 16 lanes, or 16 steps of 16 lanes."""
 
 from nbdelta.cpu._simd import W, tile
 
@@ -19,6 +19,20 @@ def add_row(e, x, ahead, totals, scale, out, n):
         return carried
 
     e.loop(n * e.size, [], body, e.row)
+
+
+@tile
+def add_steps(e, x, x_step, totals, scale, out, out_step, n):
+    """Add n rows of 16 numbers to running totals that stay in registers; out = totals * scale."""
+    factor = e.splat(scale)
+
+    def body(_, carried):
+        source, target, total = carried
+        total = total + e.load(source)
+        e.store(total * factor, target)
+        return [source + x_step, target + out_step, total]
+
+    e.store(e.loop(n, [x, out, e.load(totals)], body)[-1], totals)
 
 
 def _add_square(reverse):

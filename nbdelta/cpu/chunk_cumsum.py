@@ -28,10 +28,17 @@ from nbdelta.cpu._call import (
     put_float,
     real,
 )
-from nbdelta.cpu._cumsum_tiles import add_row, add_square, add_square_reversed, stream_rows
+from nbdelta.cpu._cumsum_tiles import (
+    add_row,
+    add_square,
+    add_square_reversed,
+    add_steps,
+    stream_rows,
+)
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     DTYPES,
+    copy_rows,
     element_size,
     load,
     load_row,
@@ -47,8 +54,9 @@ from nbdelta.cpu._team import run, thread_count
 
 # descriptor fields of this kernel: table of (address of x, of the result, steps, lanes) of every
 # block; lanes of a unit of work, units of a block, of all blocks, of an item; lanes of x that lie
-# side by side; whether steps do, whether to go backwards, and whether the result is large
-BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, STREAMING, REVERSE = range(88, 97)
+# side by side; whether steps do, whether short ones follow each other without gaps, whether to go
+# backwards, and whether the result is large
+BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, DENSE, STREAMING, REVERSE = range(88, 98)
 
 # most lanes that are added up side by side: their totals and a staged row stay in the first cache
 ROW = 2048
@@ -142,6 +150,40 @@ def _down_rows(REAL, desc, x, out, source, target, n, width, totals):
 
 
 @njit()
+def _dense_rows(REAL, desc, x, out, source, target, n, width, totals):
+    """Step by step, of a few lanes that are no multiple of 16, without gaps between the steps.
+
+    Whole vectors of such steps reach into the next ones, so this works on copies: one as dense as
+    x, one with steps on vector boundaries. Going back to a dense one, every step overwrites what
+    the one before it wrote too much.
+    """
+    SIZE, columns = itemsize(REAL), (width + W - 1) // W
+    row, step, scale = W * SIZE, width * SIZE, REAL(real(desc, SCALE))
+    dense, wide, wide_step = totals + columns * row, totals + ROW * SIZE, columns * row
+    streaming = desc[STREAMING] and out[1] == own_code(REAL)
+    zero_rows(REAL, totals, columns)
+    most = (ROW - 2 * columns * W) // (columns * W)
+    for done in range(0, n, most):
+        steps = min(most, n - done)
+        first = n - done - steps if desc[REVERSE] else done
+        load_row(REAL, x[1], source + first * x[2], x[3], steps * width, dense)
+        begin, forward = 0, 1
+        if desc[REVERSE]:
+            begin, forward = steps - 1, -1
+        for i in range(0, columns * row, row):
+            add_steps(
+                REAL, dense + begin * step + i, forward * step, totals + i, scale,
+                wide + begin * wide_step + i, forward * wide_step, steps,
+            )  # fmt: skip
+        for i in range(steps):
+            copy_rows(REAL, wide + i * wide_step, row, dense + i * step, row, columns)
+        if streaming:
+            _stream(REAL, dense, target + first * out[2], steps * width)
+        else:
+            store_row(REAL, out[1], dense, steps * width, target + first * out[2], out[3])
+
+
+@njit()
 def _along_rows(REAL, desc, x, out, source, target, n, width, totals, lanes):
     """16 steps of up to 16 lanes at a time; to `lanes`, one after the other, if it is given."""
     SIZE = itemsize(REAL)
@@ -201,6 +243,9 @@ def _cumsum_kernel(REAL):
                     continue
                 source = read_int64(block) + lane // desc[PIECE] * x[4] + lane % desc[PIECE] * x[3]
                 target = read_int64(block + 8) + lane * out[3]
+                if desc[DENSE]:
+                    _dense_rows(REAL, desc, x, out, source, target, n, width, totals)
+                    continue
                 if not desc[ALONG]:
                     _down_rows(REAL, desc, x, out, source, target, n, width, totals)
                     continue
@@ -316,6 +361,9 @@ def _plan(shape, strides, out_strides, dtypes, chunk_size, axis, cu_seqlens, thr
     desc[G + 1 : G + 5] = DTYPES.index(dtypes[0]), step.x, lane.x, piece.x
     desc[O + 1 : O + 4] = DTYPES.index(dtypes[1]), step.out, lane.out
     desc[WIDTH : ALONG + 1] = width, per_block, units, per_item, lane.size, along
+    lane_bytes = [ITEMSIZE[dtype] for dtype in dtypes]
+    dense = (lane.x, lane.out, step.x, step.out) == (*lane_bytes, *(lanes * b for b in lane_bytes))
+    desc[DENSE] = dense and lanes % W and lanes < 8 * W
     desc[STREAMING] = size >= LARGE
     return _Plan(desc, blocks, -(-units // per_item), threads)
 
