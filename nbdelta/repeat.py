@@ -50,13 +50,14 @@ def results_of(arrays: Arrays, options: tuple[object, ...]) -> tuple[Any, ...] |
 
 
 def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> None:
-    """Keep the plan of a call that went the long way, token by token.
+    """Keep the plan of a call that went the long way, if it went token by token.
 
     Packed sequences and checkpoints have none, nor have arrays of unusual kinds.
     """
     p = problem
+    chunked = options[0] == "chunk" or (options[0] == "auto" and p.T > 1)
     unfit = arrays[CU_SEQLENS] is not None or arrays[ACCEPTED] is not None or p.checkpoints
-    if unfit or 0 in (p.B, p.T):
+    if chunked or unfit or 0 in (p.B, p.T):
         return
     slots = arrays[STATE_INDICES]
     if p.device != "cpu" and slots is not None and view(slots, "").device == "cpu":

@@ -1,4 +1,4 @@
-"""Tiles of the cumulative sums: a step of a wide row, steps of 16 lanes, or 16 steps of 16 lanes."""
+"""Tiles of the cumulative sums: steps of wide rows, steps of 16 lanes, 16 steps of 16 lanes."""
 
 from nbdelta.cpu._simd import W, tile
 

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import hashlib
+import itertools
+import os
 import pickle
 import warnings
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numba
 from numba import types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
@@ -31,6 +34,21 @@ _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
 _OPTIONS = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+
+
+def _number_functions_apart():
+    """Let Numba count the functions that it compiles from a number that no other process has.
+
+    A symbol is made of a function's name and its number. Where two processes counted alike, two
+    forms of a helper had one symbol in the cached code of two kernels, and a process that loaded
+    both ran one of them with the helpers of the other.
+    """
+    FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6)))
+
+
+_number_functions_apart()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_number_functions_apart)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)

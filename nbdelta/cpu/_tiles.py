@@ -281,7 +281,7 @@ def _pair_sums(vectors_of):
             add(qk + out, running, queries)
             return [*running, out]
 
-        e.loop(n * step, [*running, e.integer(0)], body, step)
+        e.loop(n * step, [*running, e.integer(0)], body, step, maybe_empty=True)
 
     return pair_sums
 
