@@ -293,7 +293,7 @@ def _torch_view(x: Any, torch: Any, name: str) -> View:
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: requires a gradient, and gradients are not available yet; call under "
+            f"{name}: requires a gradient, and none is recorded here; call under "
             "torch.no_grad(), or pass x.detach()"
         )
     try:

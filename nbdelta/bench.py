@@ -1,239 +1,260 @@
-"""``python -m nbdelta bench``: times of the kernels over what this machine could do at best.
+"""``python -m nbdelta bench``: nbdelta beside the peers that are installed, on the same inputs.
 
-The floor of a prefill is its three state products, ``6 K V`` flops for each token and value head,
-at the speed of this machine's own matrix product; that of a decode step is an in-place multiply
-of an array as large as the states, that of a cumulative sum a copy. All are measured in the same
-run on as many threads.
+For each shape the results are compared, then the calls take turns, and with them the floor: the
+least that this machine could take, see `nbdelta.bench_quick`. On a GPU the floor is a copy of as
+many bytes as the call must read and write.
 """
 
-import functools
+import json
 import subprocess
-import sys
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
-import numba
 import numpy as np
-from numba import prange
 
-import nbdelta
+from nbdelta import bench_clock as clock
+from nbdelta import bench_peers as peers
+from nbdelta import bench_plots as plots
 from nbdelta import console as out
-from nbdelta.cpu._jit import parallel
 from nbdelta.cpu._team import thread_count
-from nbdelta.testing import as_dtype, make_inputs
+from nbdelta.info import report
+from nbdelta.shapes import LAYERS
+from nbdelta.testing import make_inputs, rel_l2
 
-HV, D = 32, 128
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One row: what is run, and the largest time / floor that it should have."""
-
-    gate: str
-    H: int
-    B: int
-    T: int
-    bar: float | None
-    dtype: str = "float32"
-    state_dtype: str = "float32"
-
-    @property
-    def name(self):
-        what = f"B = {self.B}" if self.T == 1 else f"T = {self.T}"
-        kind = "decode" if self.T == 1 else "prefill"
-        if self.state_dtype != "float32":
-            what += f", {self.state_dtype} state"
-        elif self.dtype != "float32":
-            what += f", {self.dtype}"
-        return f"{kind} {self.gate.upper()}, {what}"
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MODELS = ("qwen3-next", "kimi-linear")
+SECONDS = 1.5
+# a peer whose call took longer is left out of the longer ones
+PATIENCE = 2.0
+# of a head's results, relative, to those of nbdelta
+LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
+_ABOUT = ("nbdelta", "Python", "numba", "numpy", "torch", "transformers", "CPU", "vectors", "CUDA")
 
 
-def _cases(threads):
-    """Rows and bars; a bar of one thread or two is taken for more than two as well."""
-    gda = (1.25, 1.12, 1.12) if threads == 1 else (1.25, 1.08, 1.08)
-    kda = (None, None, None) if threads == 1 else (1.38, 1.2, 1.2)
-    if numba.config.CPU_NAME == "haswell":
-        gda = (None, 1.4, None)
-    for T, bar in zip((64, 512, 2048), gda, strict=True):
-        yield _Case("gda", 16, 1, T, bar)
-    for T, bar in zip((64, 512, 2048), kda, strict=True):
-        yield _Case("kda", 32, 1, T, bar)
-    yield _Case("gda", 16, 1, 2048, 0.64, "bfloat16")
-    yield _Case("kda", 32, 1, 2048, 0.80, "bfloat16")
-    for B, bar in ((1, 2.3), (16, 1.35), (64, 1.15)):
-        yield _Case("gda", 16, B, 1, bar if threads > 1 else None)
-    for B, bar in ((1, 2.3), (16, 1.4), (64, 1.25)):
-        yield _Case("kda", 32, B, 1, bar if threads > 1 else None)
-    yield _Case("gda", 16, 64, 1, 0.65, "bfloat16", "bfloat16")
-
-
-def bench(quick=False):
-    """Print the table.
+def bench(device="cpu", threads=None, json_file=None, plot_folder=None):
+    """Print the tables.
 
     Parameters
     ----------
-    quick : bool
-        Whether to spend about a quarter of a second on each row instead of two.
+    device : {"cpu", "cuda"}
+        Where the calls run.
+    threads : int, optional
+        Of the calls on the CPU; ``None`` is one, and then all.
+    json_file, plot_folder : str, optional
+        Where to write the numbers and the pictures.
 
     Returns
     -------
     int
-        0: a machine that is busy with other work is no error.
+        0, or 1 when results differ.
     """
     console = out.console("bench")
-    threadpoolctl = out.need("threadpoolctl", "bench")
-    seconds = 0.25 if quick else 2.0
-    threads = thread_count()
-    cases = list(_cases(threads))
-    table = out.table(
-        f"time over the machine's own limit, {threads} thread{'s' if threads > 1 else ''}, "
-        f"D = {D}, {HV} value heads",
-        *("case", ">ms", ">floor ms", ">time / floor", ">bar"),
-    )
-    with (
-        threadpoolctl.threadpool_limits(threads),
-        _numba_threads(threads),
-        out.progress(console, len(cases) + 7) as step,
-    ):
-        step("matrix product", 0)
-        peak = _peak(seconds)
-        step("")
-        for case in cases:
-            step(case.name, 0)
-            floor = _decode_floor(case.B, seconds) if case.T == 1 else _prefill_floor(case, peak)
-            best = _best(_call(case), seconds)
-            bar = "" if case.bar is None else f"{case.bar:.2f}"
-            table.add_row(
-                *(case.name, f"{1e3 * best:.3f}", f"{1e3 * floor:.3f}", f"{best / floor:.2f}", bar)
+    if plot_folder:
+        out.need("matplotlib", "bench --plot", "nbdelta[bench]")
+    place = Cuda() if device == "cuda" else Cpu()
+    rivals = peers.contenders(device)
+    counts = sorted({1, thread_count()}) if threads is None else [threads]
+    series = [
+        ([LAYERS[model].shape(*size) for size in sizes], count)
+        for sizes in ([(1, T) for T in LENGTHS], [(B, 1) for B in BATCHES])
+        for model in MODELS
+        for count in (counts if device == "cpu" else [1])
+    ]
+    rows = []
+    with out.progress(console, sum(len(shapes) for shapes, _ in series)) as step:
+        for shapes, count in series:
+            with clock.limited_to(count, "bench"):
+                made = _series(shapes, count, place, rivals, step)
+            console.print(_table(made, rivals))
+            rows += made
+    found = {"about": {**_about(rivals), **place.limits(counts)}, "rows": rows}
+    for name, value in found["about"].items():
+        console.print(out.plain(f"{name}: {value}"))
+    if json_file:
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
+    if plot_folder:
+        for path in plots.draw(found, plot_folder):
+            console.print(out.plain(f"written: {path}"))
+    wrong = [row for row in rows for c in row["contenders"].values() if not c["agrees"]]
+    if wrong:
+        console.print(f"{out.verdict(False)}: results differ in {len(wrong)} cases")
+    return 1 if wrong else 0
+
+
+class Cpu:
+    """float32 on some threads."""
+
+    dtype, timer = "float32", staticmethod(clock.wall_time)
+
+    def floor(self, shape):
+        """Return a call, and how many of it the floor is."""
+        if shape.T == 1:
+            return clock.Multiply(shape.state_size), 1
+        product = clock.MatrixProduct()
+        return product, shape.flops / product.flops
+
+    def limits(self, counts):
+        """Measure the machine's limits on some numbers of threads."""
+        found = {}
+        for count in counts:
+            with clock.limited_to(count, "bench"):
+                calls = {"product": clock.MatrixProduct(), "stream": clock.Multiply(clock.STREAM)}
+                times = clock.race(calls, SECONDS)
+            flops = calls["product"].flops / times["product"].min
+            stream = calls["stream"].bytes / times["stream"].min
+            name = f"limits, {count} thread{'s' if count > 1 else ''}"
+            found[name] = (
+                f"matrix product {flops / 1e9:.0f} GFLOP/s, "
+                f"reading and writing {stream / 1e9:.1f} GB/s"
             )
-            step("")
-        for name, call, floor, bar in _blocks(peak, seconds):
-            step(name, 0)
-            best = _best(call, seconds)
-            bar = "" if bar is None else f"{bar:.2f}"
-            row = (f"{1e3 * best:.3f}", f"{1e3 * floor:.3f}", f"{best / floor:.2f}", bar)
-            table.add_row(name, *row)
-            step("")
-    console.print(table)
-    console.print(f"matrix product {peak / 1e9:.0f} GFLOP/s; times are the best of many calls")
-    times = f"prefill {_first_call(64):.2f} s, decode {_first_call(1):.2f} s"
-    console.print(f"first call of a process with a filled compile cache: {times}")
-    return 0
+        return found
 
 
-@contextmanager
-def _numba_threads(threads):
-    """Hold Numba's own threads, which the stream floor runs on, to the number of the kernels."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
+class Cuda:
+    """bfloat16 in device memory, timed by events after the caches were overwritten."""
 
+    dtype = "bfloat16"
 
-def _best(call, seconds):
-    """Best time of the calls that fit, after one that compiles and warms the caches."""
-    call()
-    best, end = np.inf, time.perf_counter() + seconds
-    count = 0
-    while count < 3 or time.perf_counter() < end:
-        begin = time.perf_counter()
+    def __init__(self):
+        self.torch = out.need("torch", "bench --device cuda")
+        if not self.torch.cuda.is_available():
+            raise out.MissingPackage("bench --device cuda needs a GPU that torch can use")
+        self.cache = self.torch.empty(2**28, dtype=self.torch.int8, device="cuda")
+
+    def timer(self, call):
+        """Seconds on the device, without what lies in its cache."""
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        begin.record()
         call()
-        best = min(best, time.perf_counter() - begin)
-        count += 1
-    return best
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def floor(self, shape):
+        """Return a copy of as many bytes as the call reads and writes."""
+        moved = shape.token_bytes(size=2) + 2 * 4 * shape.state_size
+        source = self.torch.empty(moved // 2, dtype=self.torch.int8, device="cuda")
+        target = self.torch.empty_like(source)
+        return lambda: target.copy_(source), 1
+
+    def limits(self, counts):
+        """Return the card's name."""
+        return {"GPU": self.torch.cuda.get_device_name()}
 
 
-def _peak(seconds):
-    """Flops per second of a float32 product of two 2048 x 2048 matrices."""
-    # a peak that is too low flatters every row: one disturbed quarter of a second must not set it
-    seconds = max(seconds, 2.0)
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((2048, 2048)).astype(np.float32) for _ in range(2))
-    c = np.empty_like(a)
-    return 2 * 2048**3 / _best(lambda: np.matmul(a, b, out=c), seconds)
+def _series(shapes, threads, place, rivals, step):
+    """Rows of one gate; who needs too long at one size is not asked for the next."""
+    rows, rivals = [], list(rivals)
+    for shape in shapes:
+        step(f"{_name(shape)}, {threads} thread{'s' if threads > 1 else ''}", 0)
+        rows.append(_row(shape, threads, place, rivals))
+        took = rows[-1]["contenders"]
+        rivals = [r for r in rivals if r.name == "nbdelta" or _in_time(took[r.name])]
+        step("")
+    return rows
 
 
-@parallel
-def _multiply(x, factor):
-    for i in prange(x.size):
-        x[i] *= factor
+def _in_time(result):
+    return result["agrees"] and result["min_ms"] < 1e3 * PATIENCE
 
 
-@parallel
-def _copy(x, out):
-    for i in prange(x.size):
-        out[i] = x[i]
+def _name(shape):
+    size = f"B = {shape.B}" if shape.T == 1 else f"T = {shape.T}"
+    return f"{'decode' if shape.T == 1 else 'prefill'} {shape.gate.upper()}, {size}"
 
 
-def _stream(size, seconds):
-    x = np.ones(size, np.float32)
-    return _best(lambda: _multiply(x, np.float32(1)), seconds)
-
-
-FIRST_CALL = """
-import time
-import nbdelta
-from nbdelta.testing import make_inputs
-inputs = make_inputs(0, 1, {T}, 1, 1, 16, 16, "gda", states=1)
-begin = time.perf_counter()
-nbdelta.gated_delta_rule(**inputs, output_final_state=True)
-print(time.perf_counter() - begin)
-"""
-
-
-def _first_call(T):
-    """Seconds of the first call of a process, with the compile cache filled."""
-    command = [sys.executable, "-c", FIRST_CALL.format(T=T)]
-    runs = (subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(4))
-    return min(float(run.stdout) for run in runs)
-
-
-def _prefill_floor(case, peak):
-    return 6 * D * D * HV * case.B * case.T / peak
-
-
-@functools.cache
-def _decode_floor(B, seconds):
-    return _stream(B * HV * D * D, 2 * seconds)
-
-
-def _call(case):
-    """Make a call through the public functions, l2norm, initial and final state included."""
+def _row(shape, threads, place, rivals):
+    """Compare, then time; what is wrong is not timed."""
     inputs = make_inputs(
         0,
-        *(case.B, case.T, case.H, HV, D, D),
-        gate=case.gate,
-        dtype=case.dtype,
-        states=case.B,
-        state_dtype=case.state_dtype,
+        *shape[1:],
+        gate=shape.gate,
+        dtype=place.dtype,
+        states=shape.B,
+        # of the inputs' dtype in no model: states are kept in float32
+        state_dtype="float32",
     )
-    inputs.update(use_qk_l2norm_in_kernel=True, output_final_state=True)
-    if case.T > 1:
-        return lambda: nbdelta.chunk_gated_delta_rule(**inputs)
-    inputs["inplace_final_state"] = True
-    return lambda: nbdelta.fused_recurrent_gated_delta_rule(**inputs)
+    calls, contenders, expected = {}, {}, None
+    for rival in rivals:
+        call = rival.prepare(shape, inputs, threads)
+        got = [np.array(x, np.float32) for x in rival.results(call())]
+        expected = expected or got
+        difference = max(rel_l2(got[0], expected[0]), rel_l2(got[1], expected[1], head_axis=1))
+        agrees = bool(difference < LARGEST_DIFFERENCE[place.dtype])
+        contenders[rival.name] = {"difference": difference, "agrees": agrees}
+        if agrees:
+            calls[rival.name] = call
+    floor, factor = place.floor(shape)
+    times = clock.race({**calls, "floor": floor}, SECONDS, place.timer)
+    for name in calls:
+        best, median, count = times[name]
+        contenders[name].update(min_ms=1e3 * best, median_ms=1e3 * median, calls=count)
+    return {
+        "name": _name(shape),
+        **shape._asdict(),
+        "dtype": place.dtype,
+        "threads": threads,
+        "floor_ms": 1e3 * factor * times["floor"].min,
+        "contenders": contenders,
+    }
 
 
-def _blocks(peak, seconds):
-    """Yield name, call, floor and bar of the building blocks."""
-    rng = np.random.default_rng(0)
-    L = np.tril(rng.standard_normal((256, 64, 64))) / 64 + 2 * np.eye(64)
-    L, b = as_dtype(L, "float32"), as_dtype(rng.standard_normal((256, 64, 64)), "float32")
-    call = lambda: nbdelta.solve_triangular(L, b)  # noqa: E731
-    yield "solve_triangular, 256 of 64 x 64", call, 256 * 64**3 / peak, 2.0
-    # 70 % of the stream; a copy reads and writes as many bytes
-    x = rng.standard_normal((1, 4096, 32, 64)).astype(np.float32)
-    result = np.empty_like(x)
-    floor = _best(lambda: _copy(x.reshape(-1), result.reshape(-1)), seconds)
-    for axis in (1, -1):
-        for reverse in (False, True):
-            call = functools.partial(
-                nbdelta.chunk_local_cumsum, x, 64, axis=axis, reverse=reverse, out=result
-            )
-            name = f"chunk_local_cumsum, axis {axis}{', reverse' if reverse else ''}"
-            yield name, call, floor, 1 / 0.7
-    # no bar: an exponential and a logarithm a number take longer than the stream
-    yield "fused_gate, 32 MB", lambda: nbdelta.fused_gate(x), floor, None
+def _table(rows, rivals):
+    """Return a table of a series: milliseconds, least and median, and what nbdelta saves."""
+    first, threads = rows[0], rows[0]["threads"]
+    decode = first["T"] == 1
+    others = [r.name for r in rivals if r.name != "nbdelta"]
+    columns = [">B" if decode else ">T", ">floor", ">nbdelta", ">/ floor"]
+    for name in others:
+        columns += [f">{name}", ">x"]
+    table = out.table(
+        f"{first['name'].partition(',')[0]}, {first['H']} key and {first['HV']} value heads of "
+        f"{first['K']}, {first['dtype']}, {threads} thread{'s' if threads > 1 else ''}: "
+        "ms, least / median",
+        *(*columns, ">difference"),
+    )
+    for row in rows:
+        ours = row["contenders"]["nbdelta"]
+        cells = [str(row["B"] if decode else row["T"]), _ms(row["floor_ms"]), _pair(ours)]
+        cells.append(f"{ours['min_ms'] / row['floor_ms']:.2f}")
+        for name in others:
+            theirs = row["contenders"].get(name)
+            if theirs is None:
+                cells += ["-", ""]
+            elif not theirs["agrees"]:
+                cells += ["differs", ""]
+            else:
+                cells += [_pair(theirs), f"{theirs['min_ms'] / ours['min_ms']:.1f}"]
+        largest = max((c["difference"] for c in row["contenders"].values()), default=0.0)
+        table.add_row(*cells, f"{largest:.0e}")
+    return table
+
+
+def _ms(x):
+    """Three digits."""
+    return f"{x:.{max(0, 2 - int(np.floor(np.log10(x))))}f}" if x < 100 else f"{x:.0f}"
+
+
+def _pair(result):
+    return f"{_ms(result['min_ms'])} / {_ms(result['median_ms'])}"
+
+
+def _about(rivals):
+    """Hardware, versions and commit."""
+    found = {name: value for name, value in report() if name in _ABOUT}
+    found["contenders"] = ", ".join(rival.name for rival in rivals)
+    found["llama-cpp-python"] = peers.version("llama-cpp-python")
+    found["flash-linear-attention"] = peers.version("flash-linear-attention")
+    found["commit"] = _commit()
+    return {name: value for name, value in found.items() if value}
+
+
+def _commit():
+    """Return the commit of a checkout, with a plus if files were changed since; else None."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

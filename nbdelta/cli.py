@@ -1,4 +1,4 @@
-"""The command line: ``python -m nbdelta demo | info | check | bench | warmup``."""
+"""The command line: ``python -m nbdelta demo | info | check | bench | explain | warmup``."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import nbdelta
 from nbdelta.console import MissingPackage
+from nbdelta.shapes import LAYERS
 
 
 def main(argv=None):
@@ -72,12 +73,28 @@ def _parser():
     check.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     check.add_argument("--seed", type=int, default=0)
 
-    bench = command("bench", _bench, "Time the kernels against the limits of this machine.")
-    bench.add_argument("--quick", action="store_true", help="fewer repetitions")
+    bench = command(
+        "bench",
+        _bench,
+        "Time nbdelta beside the peers that are installed, and against this machine's limits.",
+    )
+    bench.add_argument(
+        "--quick", action="store_true", help="nbdelta's own table of limits and bars"
+    )
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    bench.add_argument("--json", metavar="FILE", help="write the numbers")
+    bench.add_argument("--plot", metavar="FOLDER", help="draw them as PNG (needs matplotlib)")
+
+    explain = command(
+        "explain", _explain, "Work, floor and time of one layer, and where the time goes."
+    )
+    explain.add_argument("--shape", choices=LAYERS, default="qwen3-next")
+    explain.add_argument("--T", type=_positive, default=2048, metavar="N", help="tokens; 1: decode")
+    explain.add_argument("--B", type=_positive, default=1, metavar="N", help="sequences")
 
     command("warmup", _warmup, "Compile the kernels into the cache, so that later calls are quick.")
 
-    for made in (demo, bench):
+    for made in (demo, bench, explain):
         made.add_argument("--threads", type=_positive, metavar="N", help="default: all cores")
     return parser
 
@@ -139,9 +156,19 @@ def _check(options):
 
 
 def _bench(options):
+    if options.quick:
+        from nbdelta.bench_quick import quick
+
+        return quick()
     from nbdelta.bench import bench
 
-    return bench(options.quick)
+    return bench(options.device, options.threads, options.json, options.plot)
+
+
+def _explain(options):
+    from nbdelta.explain import explain
+
+    return explain(options.shape, options.B, options.T)
 
 
 def _warmup(options):

@@ -1,12 +1,16 @@
 """One validated call of the backward pass: the forward call, gradients in and out."""
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from nbdelta.arrays import View, empty, view
 from nbdelta.checks import expect_float, expect_shape
 from nbdelta.dispatch import expect_one_device, stage
 from nbdelta.problem import Problem, prepare
-from nbdelta.structure import see_dt_bias
+from nbdelta.structure import Arrays, Options, see_dt_bias
 
 
 @dataclass(slots=True, eq=False)
@@ -36,10 +40,20 @@ class Gradients:
         return tuple([None if x is None else x.owner for x in found])
 
 
-def chunk_length(device: str) -> int:
-    """Tokens from one state that the forward pass keeps to the next."""
-    length: int = stage("chunk_backward", device).CHUNK
-    return length
+@lru_cache
+def _backward_stage(device: str) -> Any:
+    room = device.partition(":")[0]
+    if importlib.util.find_spec(f"nbdelta.{room}.chunk_backward") is None:
+        raise RuntimeError(f"q: is on {device}: gradients are computed on the CPU alone so far")
+    return stage("chunk_backward", device)
+
+
+def most_states(device: str, B: int, T: int) -> int:
+    """Return how many states the forward pass keeps for the backward pass, at the most.
+
+    Packed sequences have as many as they have whole chunks.
+    """
+    return B * (T // int(_backward_stage(device).CHUNK))
 
 
 def keep_states(problem: Problem, states: View | None = None) -> View:
@@ -50,44 +64,42 @@ def keep_states(problem: Problem, states: View | None = None) -> View:
     problem : Problem
         A call without checkpoints.
     states : View, optional
-        ``[n, HV, K, V]``, what an equal call kept. ``None`` allocates them.
+        ``[n, HV, K, V]``, with `most_states` or as many as there are: to be filled, or what an
+        equal call kept. ``None`` allocates them.
 
     Returns
     -------
     View
-        The states, of as many chunks as are whole.
+        The states.
     """
     p = problem
-    p.checkpoint_interval = chunk_length(p.device)
-    if p.lengths is None:
-        n = p.N * (p.T // p.checkpoint_interval)
-    else:
-        n = int((p.lengths // p.checkpoint_interval).sum())
+    chunk = p.checkpoint_interval = int(_backward_stage(p.device).CHUNK)
     if states is None:
+        n = most_states(p.device, p.B, p.T)
+        if p.lengths is not None:
+            n = int((p.lengths // chunk).sum())
         dtype = "float64" if p.q.dtype == "float64" else "float32"
         states = empty(p.q, (n, p.HV, p.K, p.V), dtype)
     p.checkpoints = states
     return states
 
 
+def fill_gradients(gradients: Gradients) -> None:
+    """Compute the gradients of a call whose problem has the states that were kept."""
+    device = gradients.problem.device
+    _backward_stage(device).chunk_gated_delta_rule_bwd(gradients)
+
+
 def prepare_gradients(
-    q: object,
-    k: object,
-    v: object,
-    g: object,
-    beta: object,
-    do: object,
-    dht: object,
-    scale: object,
-    initial_state: object,
-    use_qk_l2norm_in_kernel: object,
-    **options: object,
+    arrays: Sequence[object], options: Sequence[object], do: object, dht: object
 ) -> Gradients:
     """Check a call of the backward pass, then allocate its results.
 
     Parameters
     ----------
-    q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, do, dht, options : object
+    arrays, options : sequence of object
+        As in `nbdelta.problem.prepare`.
+    do, dht : object
         As in `nbdelta.chunk_gated_delta_rule_bwd`.
 
     Returns
@@ -100,23 +112,8 @@ def prepare_gradients(
     TypeError, ValueError, RuntimeError
         As `nbdelta.problem.prepare` does.
     """
-    raw_dt_bias = options["dt_bias"]
-    p = prepare(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        initial_state,
-        False,
-        use_qk_l2norm_in_kernel,
-        checkpoint_interval=None,
-        out=None,
-        **options,  # type: ignore[arg-type]
-    )
-    if p.device != "cpu":
-        raise RuntimeError(f"q: is on {p.device}: gradients are computed on the CPU alone so far")
+    p = prepare(arrays, options)
+    v_first = Options._make(options[1:]).state_v_first
     if do is None and dht is None:
         raise ValueError("do: needs a gradient of o, of the final state (dht), or both, got None")
     given, last = None, None
@@ -127,20 +124,20 @@ def prepare_gradients(
     if dht is not None:
         last = view(dht, "dht")
         expect_float(last, "dht")
-        if options["state_v_first"]:
+        if v_first:
             expect_shape(last, "dht", "N HV V K", (p.N, p.HV, p.V, p.K))
             last = last.swap_last()
         else:
             expect_shape(last, "dht", "N HV K V", (p.N, p.HV, p.K, p.V))
     expect_one_device(("q", "do", "dht"), (p.q, given, last))
     dh0 = _like(p.q, p.initial_state)
-    if p.initial_state is not None and options["state_v_first"]:
+    if p.initial_state is not None and v_first:
         dh0 = _like(p.q, p.initial_state.swap_last())
         assert dh0 is not None
         dh0 = dh0.swap_last()
     ddt_bias = None
     if p.dt_bias is not None:
-        raw = view(raw_dt_bias, "dt_bias")
+        raw = view(arrays[Arrays._fields.index("dt_bias")], "dt_bias")
         made = empty(p.q, raw.shape, raw.dtype)
         ddt_bias = see_dt_bias(made, p.HV, p.K if p.per_channel else None)
     dq, dk = empty(p.q, p.q.shape, p.q.dtype), empty(p.q, p.k.shape, p.k.dtype)

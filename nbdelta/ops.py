@@ -1,6 +1,7 @@
 """The public functions: docstring, validation, dispatch."""
 
-from typing import TypeVar, cast
+import sys
+from typing import Any, TypeVar, cast
 
 from nbdelta import repeat
 from nbdelta.arrays import Array
@@ -12,12 +13,48 @@ from nbdelta.blocks import (
 )
 from nbdelta.checks import IndexLike
 from nbdelta.dispatch import run, stage
-from nbdelta.gradients import keep_states, prepare_gradients
+from nbdelta.gradients import fill_gradients, keep_states, prepare_gradients
 from nbdelta.problem import prepare
 
 # the results are arrays of the kind of the first argument; `final_state` may be None all the same,
 # as in typeshed's own stubs, so that callers who asked for it need no assertion
 ArrayT = TypeVar("ArrayT", bound=Array)
+
+
+def _rule(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
+    """Make a call of the rule by the shortest way that it can go.
+
+    `arrays` are in the order of `nbdelta.structure.Arrays`, `options` are the algorithm, the scale,
+    and the rest in the order of `nbdelta.structure.Options`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and not isinstance(arrays[0], torch.Tensor):
+        torch = None
+    if torch is not None:
+        if torch.is_autocast_enabled("cpu" if arrays[0].is_cpu else arrays[0].device.type):
+            from nbdelta.torch import autocast
+
+            arrays = autocast(arrays)
+        if torch.compiler.is_compiling():
+            return _recorded_rule(arrays, options)
+    results = repeat.results_of(arrays, options)
+    if results is None:
+        if torch is not None and torch.is_grad_enabled():
+            if any([isinstance(x, torch.Tensor) and x.requires_grad for x in arrays]):
+                return _recorded_rule(arrays, options)
+        algorithm, *others = options
+        problem = prepare(arrays, others)
+        run(problem, str(algorithm))
+        repeat.remember(arrays, options, problem)
+        results = problem.results()
+    return results
+
+
+def _recorded_rule(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
+    """Make a call that PyTorch has to know of."""
+    from nbdelta.torch import rule
+
+    return rule(arrays, options)
 
 
 def gated_delta_rule(
@@ -122,7 +159,7 @@ def gated_delta_rule(
         Where an argument has the wrong type or dtype.
     ValueError
         Where a shape, a value or a combination of options is wrong, arrays live on several devices,
-        or a tensor requires a gradient while gradients are recorded.
+        or gradients are recorded with `out` or `checkpoint_interval`, which have none.
     RuntimeError
         Where the device of the arrays cannot be served.
 
@@ -135,7 +172,10 @@ def gated_delta_rule(
         o = scale * S.T @ q
 
     Results do not depend on the batch that a sequence is in, on packing or on later tokens, to the
-    last bit. Gated DeltaNet is arXiv 2412.06464, Kimi Delta Attention 2510.26692, the chunked form
+    last bit. Torch tensors that require a gradient get one: q, k, v, g (raw or not), beta (or its
+    logit), initial_state, A_log and dt_bias.
+
+    Gated DeltaNet is arXiv 2412.06464, Kimi Delta Attention 2510.26692, the chunked form
     of the delta rule 2406.06484.
 
     Examples
@@ -153,44 +193,15 @@ def gated_delta_rule(
     (1, 1, 1, 1) [1.781]
     """
     arrays = (
-        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens, None, None,
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens,
+        None, None,
     )  # fmt: skip
     options = (
         "auto", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
-        precision, checkpoint_interval, chunk_size,
+        chunk_size, precision, checkpoint_interval, False, False,
     )  # fmt: skip
-    results = repeat.results_of(arrays, options)
-    if results is None:
-        problem = prepare(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            initial_state,
-            output_final_state,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-            allow_neg_eigval=allow_neg_eigval,
-            state_v_first=state_v_first,
-            cu_seqlens=cu_seqlens,
-            head_order=head_order,
-            chunk_size=chunk_size,
-            precision=precision,
-            checkpoint_interval=checkpoint_interval,
-            out=out,
-        )
-        run(problem, "auto")
-        if problem.T <= 1:
-            repeat.remember(arrays, options, problem)
-        results = problem.results()
-    return results
+    return _rule(arrays, options)
 
 
 def chunk_gated_delta_rule(
@@ -275,7 +286,8 @@ def chunk_gated_delta_rule(
     Notes
     -----
     Within a chunk the states are eliminated by a triangular solve (arXiv 2406.06484), with the
-    decay of 2412.06464, or of 2510.26692 for a gate per channel.
+    decay of 2412.06464, or of 2510.26692 for a gate per channel. Torch tensors get gradients, as in
+    `gated_delta_rule`.
 
     Examples
     --------
@@ -288,32 +300,16 @@ def chunk_gated_delta_rule(
     >>> print(o.ravel().round(3))
     [0.5  1.25]
     """
-    problem = prepare(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        lower_bound=lower_bound,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        head_order=head_order,
-        chunk_size=chunk_size,
-        precision=precision,
-        checkpoint_interval=checkpoint_interval,
-        out=out,
-    )
-    run(problem, "chunk")
-    return cast("tuple[ArrayT, ...]", problem.results())
+    arrays = (
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens,
+        None, None,
+    )  # fmt: skip
+    options = (
+        "chunk", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        chunk_size, precision, checkpoint_interval, False, False,
+    )  # fmt: skip
+    return _rule(arrays, options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -412,7 +408,8 @@ def fused_recurrent_gated_delta_rule(
     Notes
     -----
     The recurrence of arXiv 2412.06464 (gate per head) and 2510.26692 (gate per channel), as it
-    stands in `gated_delta_rule`; its chunked form (2406.06484) is `chunk_gated_delta_rule`.
+    stands in `gated_delta_rule`; its chunked form (2406.06484) is `chunk_gated_delta_rule`. Torch
+    tensors get gradients, as there, and not with a pool or the state in place.
 
     Examples
     --------
@@ -435,40 +432,9 @@ def fused_recurrent_gated_delta_rule(
     options = (
         "recurrent", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
-        precision, checkpoint_interval, inplace_final_state,
+        None, precision, checkpoint_interval, inplace_final_state, False,
     )  # fmt: skip
-    results = repeat.results_of(arrays, options)
-    if results is None:
-        problem = prepare(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            initial_state,
-            output_final_state,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-            allow_neg_eigval=allow_neg_eigval,
-            state_v_first=state_v_first,
-            cu_seqlens=cu_seqlens,
-            head_order=head_order,
-            precision=precision,
-            checkpoint_interval=checkpoint_interval,
-            state_indices=state_indices,
-            num_accepted_tokens=num_accepted_tokens,
-            inplace_final_state=inplace_final_state,
-            out=out,
-        )
-        run(problem, "recurrent")
-        repeat.remember(arrays, options, problem)
-        results = problem.results()
-    return results
+    return _rule(arrays, options)
 
 
 def chunk_kda(
@@ -553,6 +519,7 @@ def chunk_kda(
     Notes
     -----
     arXiv 2510.26692; the chunked form is that of 2406.06484, the gated rule that of 2412.06464.
+    Torch tensors get gradients, as in `gated_delta_rule`.
 
     Examples
     --------
@@ -567,33 +534,16 @@ def chunk_kda(
     >>> print(o.ravel().round(3))
     [1. 1.]
     """
-    problem = prepare(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        lower_bound=lower_bound,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        head_order=head_order,
-        chunk_size=chunk_size,
-        precision=precision,
-        checkpoint_interval=checkpoint_interval,
-        out=out,
-        per_channel_only=True,
-    )
-    run(problem, "chunk")
-    return cast("tuple[ArrayT, ...]", problem.results())
+    arrays = (
+        q, k, v, g, beta, initial_state, A_log, dt_bias, out, cu_seqlens,
+        None, None,
+    )  # fmt: skip
+    options = (
+        "chunk", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        chunk_size, precision, checkpoint_interval, False, True,
+    )  # fmt: skip
+    return _rule(arrays, options)
 
 
 def fused_recurrent_kda(
@@ -685,6 +635,7 @@ def fused_recurrent_kda(
     Notes
     -----
     arXiv 2510.26692; the gated rule is that of 2412.06464, the delta rule's chunks 2406.06484.
+    Torch tensors get gradients, as in `fused_recurrent_gated_delta_rule`.
 
     Examples
     --------
@@ -705,43 +656,11 @@ def fused_recurrent_kda(
         state_indices, num_accepted_tokens,
     )  # fmt: skip
     options = (
-        "kda", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        "recurrent", scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
-        precision, checkpoint_interval, inplace_final_state,
+        None, precision, checkpoint_interval, inplace_final_state, True,
     )  # fmt: skip
-    results = repeat.results_of(arrays, options)
-    if results is None:
-        problem = prepare(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            initial_state,
-            output_final_state,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-            allow_neg_eigval=allow_neg_eigval,
-            state_v_first=state_v_first,
-            cu_seqlens=cu_seqlens,
-            head_order=head_order,
-            precision=precision,
-            checkpoint_interval=checkpoint_interval,
-            state_indices=state_indices,
-            num_accepted_tokens=num_accepted_tokens,
-            inplace_final_state=inplace_final_state,
-            out=out,
-            per_channel_only=True,
-        )
-        run(problem, "recurrent")
-        repeat.remember(arrays, options, problem)
-        results = problem.results()
-    return results
+    return _rule(arrays, options)
 
 
 def chunk_gated_delta_rule_bwd(
@@ -839,32 +758,19 @@ def chunk_gated_delta_rule_bwd(
     >>> print(dq.item(), dv.item(), dbeta.item(), dg, dh0)
     3.0 1.5 6.0 None None
     """
-    gradients = prepare_gradients(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        do,
-        dht,
-        scale,
-        initial_state,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        lower_bound=lower_bound,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        head_order=head_order,
-        precision=precision,
-    )
+    arrays = (
+        q, k, v, g, beta, initial_state, A_log, dt_bias, None, cu_seqlens, None, None,
+    )  # fmt: skip
+    options = (
+        scale, False, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order,
+        None, precision, None, False, False,
+    )  # fmt: skip
+    gradients = prepare_gradients(arrays, options, do, dht)
     states = keep_states(gradients.problem)
     if states.shape[0]:
         run(gradients.problem, "chunk")  # its output is overwritten with the gradient of v
-    stage("chunk_backward", gradients.problem.device).chunk_gated_delta_rule_bwd(gradients)
+    fill_gradients(gradients)
     return cast("tuple[ArrayT | None, ...]", gradients.results())
 
 

@@ -5,6 +5,7 @@ and options, and are remembered. Value checks see addresses and the contents of 
 and run every time. Nothing is allocated or written before all have passed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,49 +91,53 @@ class Problem:
         return self.o.owner, final_state, self.checkpoints.owner
 
 
-def prepare(
-    q: object,
-    k: object,
-    v: object,
-    g: object,
-    beta: object,
-    scale: object,
-    initial_state: object,
-    output_final_state: object,
-    use_qk_l2norm_in_kernel: object,
-    *,
-    use_gate_in_kernel: object,
-    A_log: object,
-    dt_bias: object,
-    lower_bound: object,
-    use_beta_sigmoid_in_kernel: object,
-    allow_neg_eigval: object,
-    state_v_first: object,
-    cu_seqlens: object,
-    head_order: object,
-    precision: object,
-    checkpoint_interval: object,
-    out: object,
-    chunk_size: object = None,
-    state_indices: object = None,
-    num_accepted_tokens: object = None,
-    inplace_final_state: object = False,
-    per_channel_only: bool = False,
-) -> Problem:
+def check_options(options: Sequence[object]) -> tuple[float | None, Options]:
+    """Check the scale and the other options one by one.
+
+    Parameters
+    ----------
+    options : sequence of object
+        The scale, then all of `Options`, as the user gave them; no interval is ``None``.
+
+    Returns
+    -------
+    float or None, Options
+        In types of Python alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where one is not what it should be, whatever the others are.
+    """
+    scale, *rest = options
+    o = Options._make(rest)
+    interval = o.checkpoint_interval
+    return None if scale is None else finite_real(scale, "scale"), Options(
+        flag(o.output_final_state, "output_final_state"),
+        flag(o.use_qk_l2norm_in_kernel, "use_qk_l2norm_in_kernel"),
+        flag(o.use_gate_in_kernel, "use_gate_in_kernel"),
+        None if o.lower_bound is None else finite_real(o.lower_bound, "lower_bound"),
+        flag(o.use_beta_sigmoid_in_kernel, "use_beta_sigmoid_in_kernel"),
+        flag(o.allow_neg_eigval, "allow_neg_eigval"),
+        flag(o.state_v_first, "state_v_first"),
+        one_of(o.head_order, "head_order", HEAD_ORDERS),
+        None if o.chunk_size is None else one_of(o.chunk_size, "chunk_size", CHUNK_SIZES),
+        None if o.precision is None else one_of(o.precision, "precision", PRECISIONS),
+        0 if interval is None else positive_int(interval, "checkpoint_interval"),
+        flag(o.inplace_final_state, "inplace_final_state"),
+        o.per_channel_only,
+    )
+
+
+def prepare(arrays: Sequence[object], options: Sequence[object]) -> Problem:
     """Check a call of one of the five forms of the rule, then allocate its results.
 
     Parameters
     ----------
-    q, k, v, g, beta, initial_state, A_log, dt_bias, out : object
-        Arrays, as in `nbdelta.gated_delta_rule`; all but `q`, `k` and `v` may be ``None``.
-    scale, lower_bound, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, \
-    use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, head_order, precision, \
-    checkpoint_interval, chunk_size, inplace_final_state : object
-        Options, as in `nbdelta.gated_delta_rule` and `nbdelta.fused_recurrent_gated_delta_rule`.
-    cu_seqlens, state_indices, num_accepted_tokens : object
-        Arrays or sequences of integers.
-    per_channel_only : bool
-        Whether `g` must have the axis K.
+    arrays : sequence of object
+        What the user gave, in the order of `Arrays`; all but q, k and v may be ``None``.
+    options : sequence of object
+        As in `check_options`.
 
     Returns
     -------
@@ -146,45 +151,18 @@ def prepare(
     ValueError
         Where a shape, a value or a combination of arguments is wrong.
     """
-    factor = None if scale is None else finite_real(scale, "scale")
-    interval = 0
-    if checkpoint_interval is not None:
-        interval = positive_int(checkpoint_interval, "checkpoint_interval")
-    options = Options(
-        flag(output_final_state, "output_final_state"),
-        flag(use_qk_l2norm_in_kernel, "use_qk_l2norm_in_kernel"),
-        flag(use_gate_in_kernel, "use_gate_in_kernel"),
-        None if lower_bound is None else finite_real(lower_bound, "lower_bound"),
-        flag(use_beta_sigmoid_in_kernel, "use_beta_sigmoid_in_kernel"),
-        flag(allow_neg_eigval, "allow_neg_eigval"),
-        flag(state_v_first, "state_v_first"),
-        one_of(head_order, "head_order", HEAD_ORDERS),
-        None if chunk_size is None else one_of(chunk_size, "chunk_size", CHUNK_SIZES),
-        None if precision is None else one_of(precision, "precision", PRECISIONS),
-        interval,
-        flag(inplace_final_state, "inplace_final_state"),
-        per_channel_only,
-    )
-    arrays = Arrays(
-        view(q, "q"),
-        view(k, "k"),
-        view(v, "v"),
-        None if g is None else view(g, "g"),
-        None if beta is None else view(beta, "beta"),
-        None if initial_state is None else view(initial_state, "initial_state"),
-        None if A_log is None else view(A_log, "A_log"),
-        None if dt_bias is None else view(dt_bias, "dt_bias"),
-        None if out is None else view(out, "out"),
-        None if cu_seqlens is None else index_view(cu_seqlens, "cu_seqlens"),
-        None if state_indices is None else index_view(state_indices, "state_indices"),
-        None
-        if num_accepted_tokens is None
-        else index_view(num_accepted_tokens, "num_accepted_tokens"),
-    )
-    expect_one_device(Arrays._fields, arrays, host_too=_INDICES)
-    structure = structure_of(arrays, options)
-    indices = _check_values(arrays, options.checkpoint_interval, structure)
-    return _allocate(arrays, options, structure, indices, factor)
+    scale, checked = check_options(options)
+    seen = Arrays._make([_see(x, name) for x, name in zip(arrays, Arrays._fields, strict=True)])
+    expect_one_device(Arrays._fields, seen, host_too=_INDICES)
+    structure = structure_of(seen, checked)
+    indices = _check_values(seen, checked.checkpoint_interval, structure)
+    return _allocate(seen, checked, structure, indices, scale)
+
+
+def _see(x: object, name: str) -> View | None:
+    if x is None and name not in _REQUIRED:
+        return None
+    return index_view(x, name) if name in _INDICES else view(x, name)
 
 
 class _Indices(NamedTuple):
@@ -249,6 +227,7 @@ def _as_column(slots: IndexArray | View) -> IndexArray | View:
     return slots[:, None]
 
 
+_REQUIRED = ("q", "k", "v")
 _INDICES = ("cu_seqlens", "state_indices", "num_accepted_tokens")
 _OUT = Arrays._fields.index("out")
 _INITIAL_STATE = Arrays._fields.index("initial_state")

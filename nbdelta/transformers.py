@@ -52,10 +52,11 @@ def enable():
     attention by the library's usual names: Qwen3-Next, Qwen3.5 (dense and MoE), OLMo-Hybrid,
     Kimi-Linear, GLM-5-Next and relatives. Models made before the call are served as well.
 
-    Calls with tensors on a device that cannot be served, or that require a gradient while gradients
-    are on, go to the function that was there before, and a warning says so once. Packed sequences
+    Training works as generation does, with gradient checkpointing too. Packed sequences
     (``cu_seq_lens_q`` or ``seq_idx`` in the model's call), which the PyTorch functions of
     transformers refuse or mix up, are kept apart, in the short convolution before the rule too.
+    Calls with tensors on a device that cannot be served go to the function that was there before,
+    and a warning says so once.
 
     Returns
     -------
@@ -160,7 +161,8 @@ def _serve_rule(function, positional):
             options = {}
             if function != "gated_delta_rule" and hasattr(state, _STATIC_ADDRESS):
                 # the cache's own memory, which the model overwrites with the result next
-                options["inplace_final_state"] = bool(given.get("output_final_state"))
+                wanted = bool(given.get("output_final_state"))
+                options["inplace_final_state"] = wanted and not _is_recorded(given)
             return getattr(nbdelta, function)(
                 query,
                 given["key"],
@@ -238,8 +240,6 @@ def _rejection_reason(given):
         reason = rejection_reason(str(x.device))
         if reason is not None:
             return f"the tensors are on {x.device}: {reason}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "the tensors require a gradient (torch.no_grad() or torch.inference_mode() helps)"
     dtypes = {given[name].dtype for name in ("query", "key", "value")}
     if len(dtypes) > 1:
         return f"query, key and value have different dtypes ({', '.join(map(str, dtypes))})"
@@ -248,6 +248,12 @@ def _rejection_reason(given):
     if _is_tracing():
         return "torch is compiling or tracing the model"
     return None
+
+
+def _is_recorded(given):
+    torch = _torch()
+    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _state_dtypes(query):

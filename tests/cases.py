@@ -141,8 +141,9 @@ def relayout(x, layout):
     raise ValueError(layout)
 
 
-# whether numbers of 16 bits are multiplied as they are, as the chunked rule does on a GPU
-HALF_PRODUCTS = False
+def multiplies_halves(dtype):
+    """Whether a test's products are made in 16 bits; replaced by the fixture `device`."""
+    return False
 
 
 def assert_matches(result, reference, dtype, *, state_dtype=None, hard_gates=False):
@@ -160,7 +161,7 @@ def assert_matches(result, reference, dtype, *, state_dtype=None, hard_gates=Fal
         assert x.shape == ref.shape, names[i]
         head_axis = 2 if i == 0 else 1
         error = rel_l2(x, ref, head_axis)
-        products = dtype if HALF_PRODUCTS else None
+        products = dtype if multiplies_halves(dtype) else None
         allowed = allowed_error(
             ref, expected[i], head_axis, hard_gates=hard_gates, products=products
         )

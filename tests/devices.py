@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 NAMES = ("cpu", "sim", "emu", "gpu")
-# where the emulator is when it is not installed, next to this checkout
+# where the emulator is when it is not installed: next to this checkout
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "tools" / "ptxemu"
 # multiply-adds of the recurrence, or elements of another function, that a call may have there; of
 # the chunked kernels, which are many instructions for tensor cores, in the simulator fewer
@@ -24,29 +24,37 @@ LARGEST = {"sim": 60_000, "emu": 6_000_000}
 LARGEST_CHUNKED = {"sim": 10_000}
 
 
-def prepare(name):
-    """Set a device up in this process; returns why it cannot be used, or None."""
-    if name == "cpu":
-        return None
-    if importlib.util.find_spec("numba_cuda") is None:
+def rejection_reason(name):
+    """Say why a device cannot be used on this machine, as far as files tell; or return None."""
+    if name != "cpu" and importlib.util.find_spec("numba_cuda") is None:
         return "numba-cuda is not installed"
-    if name == "sim":
-        if "numba" in sys.modules:
-            return "numba was imported before the simulator was switched on"
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
-        return None
     if name == "emu":
         if importlib.util.find_spec("ptxemu") is None and EMULATOR.is_dir():
             sys.path.append(str(EMULATOR))
         if importlib.util.find_spec("ptxemu") is None:
             return "the emulator ptxemu is not here"
+    return None
+
+
+def prepare(name):
+    """Set a device up in this process; returns why it cannot be used, or None."""
+    reason = rejection_reason(name)
+    if reason or name == "cpu":
+        return reason
+    if name == "sim":
+        if "numba" in sys.modules:
+            return "numba was imported before the simulator was switched on"
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    elif name == "emu":
         import ptxemu
 
         ptxemu.install(check=True)
-        return None
-    from numba import cuda
+    else:
+        from numba import cuda
 
-    return None if cuda.is_available() else f"no CUDA device: {cuda.cuda_error()}"
+        if not cuda.is_available():
+            return f"no CUDA device: {cuda.cuda_error()}"
+    return None
 
 
 class OnDevice:

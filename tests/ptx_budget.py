@@ -25,7 +25,7 @@ BUDGETS = (
     Budget("cumsum float64 to float64, staged", 64, 36864, 6),
     Budget("cumsum *, staged", 64, 19968, 8),
     Budget("cumsum *", 64, 0, 8),
-    Budget("tril float64, BT 64", 128, 45584, 4),
+    Budget("tril float64, BT 64", 168, 45584, 4),
     Budget("tril float64, *", 128, 29216, 7),
     Budget("tril *", 96, 22800, 9),
     Budget("triangular float64", 168, 20736, 6),
@@ -38,10 +38,20 @@ BUDGETS = (
     # 64 tokens of 128 channels; the state of a scan is half of its registers
     Budget("chunk intra *16 K 128 gda, 227 KB", 128, 50 * 1024, 4, TENSOR),
     Budget("chunk intra *16 K 128 kda, 227 KB", 200, 84 * 1024, 2, TENSOR),
-    Budget("chunk scan *16 K 128 *, 227 KB", 232, 227 * 1024, 1, (*TENSOR, "movmatrix")),
+    Budget("chunk scan *16 K 128 *, 227 KB, V 32", 232, 227 * 1024, 1, (*TENSOR, "movmatrix")),
     Budget("chunk intra *", 255, 99 * 1024, 1, TENSOR),
     Budget("chunk scan *", 255, 227 * 1024, 1, TENSOR),
     Budget("chunk pack *", 64, 0, 4),
+    # without tensor cores: a part of a state, or products, in registers
+    Budget("backward pairs, *", 96, 52 * 1024, 2),
+    Budget("backward errors, *", 184, 60 * 1024, 1),
+    Budget("backward scan, *", 255, 76 * 1024, 1),
+    Budget("backward reads, *", 168, 22 * 1024, 1),
+    Budget("backward channels, *", 255, 76 * 1024, 1),
+    Budget("backward weights", 168, 27 * 1024, 1),
+    Budget("backward heads", 168, 0, 2),
+    Budget("backward gates*", 80, 2 * 1024, 6),
+    Budget("backward *", 64, 2 * 1024, 8),
 )
 
 # of a multiprocessor: bytes of shared memory, and those that a block may have

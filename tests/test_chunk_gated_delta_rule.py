@@ -1,6 +1,5 @@
 """The chunked algorithm against the token-by-token reference."""
 
-import cases
 import numpy as np
 import pytest
 from cases import (
@@ -23,11 +22,6 @@ from nbdelta.testing import Shape, make_inputs
 
 pytestmark = pytest.mark.usefixtures("device")
 ODD = Shape(2, 37, 2, 6, 20, 28)
-
-
-@pytest.fixture(autouse=True)
-def half_products(device, monkeypatch):
-    monkeypatch.setattr(cases, "HALF_PRODUCTS", device != "cpu")
 
 
 @pytest.mark.parametrize("gate", GATES)

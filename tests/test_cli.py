@@ -1,5 +1,8 @@
 """The command line, in this process; once as a process of its own."""
 
+import ast
+import inspect
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +11,20 @@ import numpy as np
 import pytest
 
 import nbdelta
-from nbdelta import check, cli, info, warmup
+from nbdelta import (
+    bench,
+    bench_clock,
+    bench_peers,
+    bench_quick,
+    check,
+    cli,
+    explain,
+    explain_clock,
+    info,
+    shapes,
+    warmup,
+)
+from nbdelta.cpu import _chunk_panels, chunk, recurrent
 
 pytest.importorskip("rich")
 TINY = ["--tokens", "40", "--new-tokens", "3", "--layers", "2", "--hidden-size", "64"]
@@ -108,22 +124,136 @@ def test_warmup(monkeypatch, capsys):
     assert f"{calls} calls ready" in capsys.readouterr().out
 
 
-def test_bench(monkeypatch, capsys):
+@pytest.fixture
+def short_bench(monkeypatch):
+    """The clock runs for a moment, on few and small shapes."""
     pytest.importorskip("threadpoolctl")
-    from nbdelta import bench
+    monkeypatch.setattr(bench, "LENGTHS", (20,))
+    monkeypatch.setattr(bench, "BATCHES", (1, 2))
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench_quick, "SECONDS", 0.0)
+    monkeypatch.setattr(bench_clock, "TURN", 0.0)
+    monkeypatch.setattr(bench_clock, "PAUSE", 0.0)
+    monkeypatch.setattr(bench_clock, "ROUNDS", 1)
+    monkeypatch.setattr(bench_clock, "SIDE", 64)
+    monkeypatch.setattr(bench_clock, "STREAM", 1024)
+    monkeypatch.setattr(bench_quick, "ROWS", 64)
+    monkeypatch.setattr(bench_quick, "_first_call", lambda T: 0.5)
+    layers = {"qwen3-next": ("gda", 1, 2, 32, 32), "kimi-linear": ("kda", 2, 2, 32, 32)}
+    for name, sizes in layers.items():
+        monkeypatch.setitem(shapes.LAYERS, name, shapes.Layer(*sizes))
 
-    cases = [bench._Case("gda", 1, 1, 64, 1.25), bench._Case("kda", 1, 1, 1, 2.3)]
-    monkeypatch.setattr(bench, "_cases", lambda threads: cases)
-    monkeypatch.setattr(bench, "_peak", lambda seconds: 1e11)
-    monkeypatch.setattr(bench, "_stream", lambda size, seconds: 1e-4)
-    monkeypatch.setattr(bench, "_best", lambda call, seconds: call() and 2e-4)
-    monkeypatch.setattr(bench, "_blocks", lambda peak, seconds: [])
-    monkeypatch.setattr(bench, "HV", 2)
-    bench._decode_floor.cache_clear()
+
+def test_bench_quick(short_bench, monkeypatch, capsys):
+    times = {"call": bench_clock.Times(3e-4, 4e-4, 9), "floor": bench_clock.Times(2e-4, 3e-4, 9)}
+    called = []
+
+    def race(calls, seconds):
+        for call in calls.values():
+            call()
+        called.append(calls)
+        return times
+
+    monkeypatch.setattr(bench_clock, "race", race)
     assert cli.main(["bench", "--quick", "--threads", "1"]) == 0
     text = capsys.readouterr().out
     assert "prefill GDA, T = 64" in text
-    assert re.search(r"decode KDA, B = 1 +0.200 +0.100 +2.00 +2.30", text)
+    # the floor of a decode step is one multiply of the states
+    assert re.search(r"decode KDA, B = 1 +0.300 +0.200 +1.50 *\n", text)
+    assert re.search(r"forward \+ backward GDA.* +1.50 +3.20", text)
+    assert len(called) == len(bench_quick._rows(1))
+
+
+def test_bench_beside_peers(short_bench, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", "--threads", "1", "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "prefill GDA, 1 key and 2 value heads of 32, float32, 1 thread" in text
+    found = json.loads(file.read_text())
+    assert [(row["gate"], row["B"], row["T"]) for row in found["rows"]] == [
+        ("gda", 1, 20), ("kda", 1, 20), ("gda", 1, 1), ("gda", 2, 1), ("kda", 1, 1), ("kda", 2, 1)
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["floor_ms"] > 0
+        for result in row["contenders"].values():
+            assert result["difference"] < 1e-5
+            assert 0 < result["min_ms"] <= result["median_ms"]
+    assert "GFLOP/s" in found["about"]["limits, 1 thread"]
+
+
+def test_bench_does_not_time_wrong_results(short_bench, monkeypatch, tmp_path, capsys):
+    class Wrong(bench_peers.Nbdelta):
+        name = "torch"
+
+        def results(self, result):
+            o, state = super().results(result)
+            return o, state + 1e-2
+
+    monkeypatch.setattr(bench_peers, "contenders", lambda _: [bench_peers.Nbdelta(), Wrong()])
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", "--threads", "1", "--json", str(file)]) == 1
+    assert "differs" in capsys.readouterr().out
+    assert "min_ms" not in json.loads(file.read_text())["rows"][0]["contenders"]["torch"]
+
+
+def test_bench_draws(short_bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "made" / "plots"
+    assert cli.main(["bench", "--threads", "1", "--plot", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"prefill.png", "decode.png", "speed_up.png"}
+    for path in folder.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("layer", "T", "stages"),
+    [("qwen3-next", 64, 7), ("kimi-linear", 64, 7), ("kimi-linear", 1, 4)],
+    ids=["gda", "kda", "decode"],
+)
+def test_explain(short_bench, monkeypatch, capsys, layer, T, stages):
+    monkeypatch.setattr(explain, "SECONDS", 0.0)
+    assert cli.main(["explain", "--shape", layer, "--T", str(T), "--B", "2"]) == 0
+    text = capsys.readouterr().out
+    assert f"B = 2, T = {T}, float32" in text
+    table = text.partition("where the time goes")[2]
+    rows = re.findall(r"^ +(\S.*?) {2,}([\d.]+) +([\d.]+)", table, re.MULTILINE)
+    *shares, rest, whole = (float(share) for _, _, share in rows)
+    assert len(shares) == stages
+    assert all(share > 0 for share in shares)
+    # nothing is counted twice, and what is not counted is shown
+    assert sum(shares) < 100
+    assert sum(shares) + rest == pytest.approx(whole, abs=0.1 * len(rows))
+    assert sum(shares) > 50
+
+
+def test_stages_name_what_the_kernels_call():
+    sources = (chunk, recurrent, _chunk_panels)
+    calls = {
+        node.func.id
+        for module in sources
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert explain_clock._STAGE_OF.keys() <= calls
+    assert explain_clock._LOOKED_INTO <= calls
+
+
+def test_race_takes_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench_clock.race(calls, 0.0, timer=lambda call: call() or len(order))
+    turns = [name for i, name in enumerate(order) if order[i - 1 : i] != [name]]
+    assert turns == list("ab") * (bench_clock.ROUNDS + 1)
+    assert times["a"].calls + times["b"].calls == len(order) - 2
+    assert times["a"].min == 3
+
+
+def test_a_gpu_that_is_not_there(capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -166,7 +296,7 @@ def test_demo_without_a_text(tmp_path, capsys, without_torch_threads):
     assert "empty" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "check", "bench", "warmup"])
+@pytest.mark.parametrize("command", ["demo", "info", "check", "bench", "explain", "warmup"])
 def test_a_missing_package_is_said(command, monkeypatch, capsys):
     # `need` imports by name, so a hole in the table of modules is what it sees
     for name in ("rich", "rich.console"):
@@ -184,6 +314,9 @@ def test_a_missing_package_is_said(command, monkeypatch, capsys):
         ["demo", "--layers", "1"],
         ["demo", "--model", "other"],
         ["bench", "--threads", "100000"],
+        ["bench", "--device", "other"],
+        ["explain", "--shape", "other"],
+        ["explain", "--T", "0"],
         ["demo", "--threads", "0"],
         ["nothing"],
     ],

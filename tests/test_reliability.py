@@ -9,74 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-ALL_FUNCTIONS = """
-import hashlib, sys, threading
-import numpy as np
-import nbdelta
-from nbdelta.testing import make_inputs
-
-def calls():
-    gda = make_inputs(1, 2, 70, 2, 4, 32, 48, "gda")
-    kda = make_inputs(2, 2, 33, 1, 2, 40, 24, "kda")
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((2, 70, 3)).astype(np.float32)
-    A = rng.standard_normal((1, 32, 2, 16)).astype(np.float32) * 0.1
-    L = np.tril(rng.standard_normal((3, 20, 20))).astype(np.float32) + 5 * np.eye(20, dtype="f4")
-    b = rng.standard_normal((3, 20, 7)).astype(np.float32)
-    return [
-        lambda: nbdelta.chunk_gated_delta_rule(**gda),
-        lambda: nbdelta.fused_recurrent_gated_delta_rule(**gda),
-        lambda: nbdelta.chunk_kda(**kda),
-        lambda: nbdelta.fused_recurrent_kda(**kda),
-        lambda: nbdelta.gated_delta_rule(**kda),
-        lambda: nbdelta.chunk_local_cumsum(x, 16),
-        lambda: nbdelta.solve_tril(A),
-        lambda: nbdelta.solve_triangular(L, b),
-        lambda: nbdelta.fused_gate(x),
-    ]
-
-def bits(result):
-    result = result[0] if isinstance(result, tuple) else result
-    return hashlib.sha256(result.tobytes()).hexdigest()
-"""
-
-DECODE = """
-import numpy as np, nbdelta
-q = np.ones((1, 1, 2, 16), np.float32)
-o, _ = nbdelta.fused_recurrent_gated_delta_rule(q, q, q, -q[..., 0], q[..., 0])
-assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5, o
-print("works")
-"""
-
-
-def start(code, *, env=None, cache=None, **options):
-    """Start a new Python on some code; `cache`: folder of its compiled kernels."""
-    environment = {**os.environ, **(env or {})}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    if cache is not None:
-        environment["NUMBA_CACHE_DIR"] = str(cache)
-    # newer Pythons warn of any fork in a process with threads
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
-    )
-
-
-def finish(process, timeout=240):
-    """Wait for a Python, and return what it printed, and its warnings."""
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors[-3000:]
-    return out, errors
-
-
-def run(code, **options):
-    return finish(start(code, **options))[0]
-
+from processes import ALL_FUNCTIONS, finish, run, start
 
 # ---- threads ----
 
@@ -109,7 +42,7 @@ def test_sixteen_threads_on_a_cold_cache_beside_torch(tmp_path):
 
 
 def test_any_number_of_threads_has_the_same_bits():
-    """NUMBA_NUM_THREADS of 1, 2 and unset, and set_num_threads between and around calls."""
+    """NUMBA_NUM_THREADS of 1, 2 and unset, and set_num_threads before and inside calls."""
     code = ALL_FUNCTIONS + textwrap.dedent(
         """
         import numba
@@ -117,6 +50,20 @@ def test_any_number_of_threads_has_the_same_bits():
         for n in range(1, numba.config.NUMBA_NUM_THREADS + 1):
             numba.set_num_threads(n)
             assert [bits(call()) for call in calls()] == first
+
+        class Changing:  # the number of threads, when a call asks for its memory
+            def __init__(self, array):
+                self.array = array
+            def __dlpack_device__(self):
+                return self.array.__dlpack_device__()
+            def __dlpack__(self, **options):
+                numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+                return self.array.__dlpack__(**options)
+
+        numba.set_num_threads(1)
+        x = make_inputs(1, 2, 70, 2, 4, 32, 48, "gda")
+        x["beta"] = Changing(x["beta"])
+        assert bits(nbdelta.chunk_gated_delta_rule(**x)) == first[0]
         print(*first)
         """
     )
@@ -195,110 +142,6 @@ def test_workers_of_a_data_loader(tmp_path):
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-# ---- the cache of compiled kernels ----
-
-
-def test_a_cache_folder_that_cannot_be_made(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    # Numba then goes on to the package folder
-    assert "works" in run(DECODE, cache=blocked / "cache")
-
-
-def test_no_folder_at_all():
-    nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
-    out, errors = finish(start(nowhere + DECODE))
-    assert "works" in out
-    assert "the cache cannot be used" in errors
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no users of this kind")
-def test_an_account_without_a_home(tmp_path):
-    """Neither the package folder nor a home can be written to."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another account")
-    nobody = 65534
-    command = [sys.executable, "-c", "import nbdelta"]
-    try:
-        probe = subprocess.run(command, user=nobody, cwd="/", capture_output=True, check=False)
-        readable = probe.returncode == 0
-    except PermissionError:
-        readable = False
-    if not readable:
-        pytest.skip("the account nobody cannot read this installation")
-    environment = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"}
-    out, errors = finish(start(DECODE, env=environment, user=nobody, cwd="/"))
-    assert "works" in out
-    # the package folder may hold a cache that somebody else made
-    assert not errors or "the cache cannot be used" in errors
-
-
-def test_a_cache_that_is_deleted_while_in_use(tmp_path):
-    code = (
-        DECODE
-        + f"""
-import shutil
-shutil.rmtree({str(tmp_path)!r})
-"""
-        + DECODE
-        + """
-o, _ = nbdelta.chunk_gated_delta_rule(q, q, q, -q[..., 0], q[..., 0])
-assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5
-"""
-    )
-    assert run(code, cache=tmp_path / "cache").count("works") == 2
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
-def test_a_full_disk(tmp_path):
-    """No file may grow beyond 8 KB: writing a kernel fails as it does when the disk is full."""
-    limit = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-"""
-    out, errors = finish(start(limit + DECODE, cache=tmp_path))
-    assert "works" in out
-    assert "the cache cannot be used" in errors
-    # what was left behind does not disturb the next process
-    assert "works" in run(DECODE, cache=tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "noise", "flipped"])
-def test_damaged_cache_files(tmp_path, damage):
-    run(DECODE, cache=tmp_path)
-    files = [p for p in tmp_path.rglob("*") if p.suffix in (".nbi", ".nbc")]
-    assert len(files) >= 2
-    for path in files:
-        data = bytearray(path.read_bytes())
-        if damage == "cut":
-            data = data[: len(data) // 2]
-        elif damage == "noise":
-            data = os.urandom(len(data))
-        elif path.suffix == ".nbc":
-            middle = len(data) // 2
-            data[middle : middle + 64] = bytes(255 - x for x in data[middle : middle + 64])
-        path.write_bytes(data)
-    assert "works" in run(DECODE, cache=tmp_path)
-    # and it was repaired
-    out, errors = finish(start(DECODE, cache=tmp_path))
-    assert "works" in out
-    assert not errors
-
-
-def test_four_cold_processes_on_one_cache(tmp_path):
-    processes = [start(DECODE, cache=tmp_path) for _ in range(4)]
-    assert all("works" in finish(p)[0] for p in processes)
-    assert "works" in run(DECODE, cache=tmp_path)
-
-
-def test_a_cache_of_a_machine_with_other_features(tmp_path):
-    run(DECODE, cache=tmp_path, env={"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""})
-    before = len(list(tmp_path.rglob("*.nbc")))
-    assert "works" in run(DECODE, cache=tmp_path)
-    assert len(list(tmp_path.rglob("*.nbc"))) > before
 
 
 # ---- long and hostile inputs ----

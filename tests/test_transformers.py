@@ -2,8 +2,8 @@
 
 import functools
 import importlib
+import itertools
 import sys
-import warnings
 
 import pytest
 import tiny_models
@@ -325,21 +325,70 @@ def test_other_models_with_a_short_convolution_are_left_alone():
         assert dict(vars(module)) == before
 
 
-def test_gradients_fall_through_and_warn_once(calls):
-    model, ids = model_of("qwen3_next"), tokens(1, 10)
-    expected = model(ids).logits
-    served.enable()
-    with pytest.warns(RuntimeWarning, match="require a gradient") as record:
-        got = model(ids).logits
-    assert len([w for w in record if "nbdelta" in str(w.message)]) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids)
-    assert sum(calls.values()) == 0
-    assert torch.equal(got, expected)
-    got.sum().backward()
-    assert rule_layer(model).A_log.grad is not None
+def gradients(model, ids, first=0, **options):
+    """Gradients of all parameters that have one, of a sum of the logits with random weights."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(1, 200, tiny_models.VOCAB, generator=generator)
     model.zero_grad()
+    logits = model(ids, use_cache=False, **options).logits
+    (logits * weights[:, first : first + ids.shape[1]]).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def token_loop(query, key, value, g, beta, **options):
+    """In float64: the functions of transformers have errors of 1e-2 in the gradients of gates."""
+    from token_loop import torch_rule
+
+    tensors = {"q": query, "k": key, "v": value, "g": g, "beta": beta}
+    l2norm = {"use_qk_l2norm_in_kernel": options["use_qk_l2norm_in_kernel"]}
+    o, _ = torch_rule({name: x.double() for name, x in tensors.items()} | l2norm)
+    return o.to(query.dtype), None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_all_parameters(name, calls, monkeypatch):
+    model, ids = model_of(name), tokens(1, 70)
+    with served.enable():
+        got = gradients(model, ids)
+    assert sum(calls.values()) == 2
+    chunked = next(n for n in functions(tiny_models.modeling(name)) if "chunk" in n)
+    monkeypatch.setattr(tiny_models.modeling(name), chunked, token_loop)
+    expected = gradients(model, ids)
+    assert list(got) == list(expected) and len(got) > 40
+    for parameter, x in expected.items():
+        assert rel_l2(got[parameter], x) < 1e-4, parameter
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(name, reentrant, calls):
+    model, ids = tiny_models.build(name).train(), tokens(1, 75)
+    with served.enable():
+        expected = gradients(model, ids)
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        got = gradients(model, ids)
+    assert sum(calls.values()) == 2 + 2 * 2
+    for parameter, x in expected.items():
+        assert rel_l2(got[parameter], x) < 1e-4, parameter
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+def test_gradients_of_packed_sequences(name):
+    """One packed row has the gradients of its sequences, added up."""
+    model, lengths = model_of(name), [70, 1, 30, 7]
+    ids = tokens(1, sum(lengths))
+    packed = {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0),
+    }
+    with served.enable():
+        got = gradients(model, ids, **packed)
+        starts = [0, *itertools.accumulate(lengths)]
+        parts = [gradients(model, *part) for part in zip(ids.split(lengths, dim=1), starts)]
+    for parameter, x in got.items():
+        assert rel_l2(x, sum(part[parameter] for part in parts)) < 1e-4, parameter
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ import nbdelta
 PACKAGE = Path(nbdelta.__file__).parent
 CPU, CUDA = PACKAGE / "cpu", PACKAGE / "cuda"
 STAGES = sorted(p.name for p in CPU.glob("[!_]*.py"))
-# gradients are computed on the CPU alone so far, and a call with other arrays says so
-CPU_ALONE = {"chunk_backward.py"}
 
 
 @cache
@@ -63,10 +61,10 @@ def calls_of(path, names):
 
 
 def test_same_files():
-    assert sorted(p.name for p in CUDA.glob("[!_]*.py")) == sorted({*STAGES} - CPU_ALONE)
+    assert sorted(p.name for p in CUDA.glob("[!_]*.py")) == STAGES
 
 
-@pytest.mark.parametrize("name", sorted({*STAGES} - CPU_ALONE))
+@pytest.mark.parametrize("name", STAGES)
 def test_same_host_functions(name):
     functions = host_functions(CPU / name)
     assert functions, "a stage file without a host function"
@@ -92,7 +90,8 @@ def test_numba_cuda_stays_in_its_room():
 def test_code_is_emitted_in_few_places():
     """Assembly has one file in each room, LLVM IR those that say what memory and numbers are."""
     assembly = [CPU / "_simd.py", CUDA / "_ptx.py"]
-    emitters = [*assembly, CPU / "_atomic.py", CUDA / "_memory.py", CUDA / "_state.py"]
+    emitters = [*assembly, CPU / "_atomic.py"]
+    emitters += [CUDA / name for name in ("_memory.py", "_state.py", "_step.py")]
     # the CPU's features and versions that `info` prints are questions to llvmlite
     others = python_files(*emitters, PACKAGE / "info.py")
     assert offenders(others, "llvmlite") == []

@@ -1,4 +1,4 @@
-"""The shapes of the tiles for other machines: AVX2 and plain x86-64 run here, AVX-512 is compiled.
+"""The shapes of the tiles for other machines: run in the instructions of this one, or compiled.
 
 Numba compiles for another processor where its environment says so, when a process begins.
 """
@@ -88,6 +88,40 @@ def test_other_shapes_have_the_same_accuracy(tmp_path, name, features, shape):
     errors = python(ERRORS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=kept)
     assert errors.pop("shape") == shape
     assert max(errors.values()) <= 2e-6, errors
+
+
+FORCED = """
+from nbdelta.cpu import _simd
+
+_simd.BITS, _simd.REGISTERS = {shape}
+"""
+HALVES = """
+from nbdelta.cpu import chunk
+
+chunk.DOTS_BFLOAT16 = True
+errors = {}
+for gate in ("gda", "kda"):
+    call = make_inputs(0, 1, 37, 1, 2, 20, 40, gate, dtype="bfloat16", states=1)
+    exact = {n: np.float64(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    results = nbdelta.chunk_gated_delta_rule(**call, output_final_state=True)
+    reference = naive.gated_delta_rule(**exact, output_final_state=True)
+    compare("bfloat16 " + gate, results, reference)
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.parametrize("shape", [(512, 32), (128, 32)], ids=["AVX-512", "NEON"])
+def test_forced_shapes_have_the_same_accuracy(tmp_path, shape):
+    # LLVM makes of one wide register some narrow ones
+    errors = python(FORCED.format(shape=shape) + ERRORS, tmp_path)
+    assert errors.pop("shape") == list(shape)
+    assert max(errors.values()) <= 2e-6, errors
+
+
+def test_products_of_halves_in_the_shape_of_avx512(tmp_path):
+    imports, defined = ERRORS.split("for gate", 1)[0], FORCED.format(shape=(512, 32))
+    errors = python(defined + imports + HALVES, tmp_path)
+    assert max(errors.values()) <= 5e-3, errors
 
 
 CODE = """

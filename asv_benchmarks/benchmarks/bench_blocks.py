@@ -1,10 +1,8 @@
-"""Building blocks: milliseconds of a call."""
+"""Building blocks."""
 
 import numpy as np
 
-import nbdelta
-
-from .common import DEVICES, best_ms, host, on_device
+from .common import DEVICES, _Timed, host, on_device, product_floor, public, stream_floor
 
 
 def _cumsum(rng, axis):
@@ -15,14 +13,15 @@ def _cumsum(rng, axis):
         shape[axis : axis + 1] = [shape[axis] // 64, 64]
         return np.cumsum(x.astype(np.float64).reshape(shape), axis=axis + 1).reshape(x.shape)
 
-    return {"x": x}, lambda x: nbdelta.chunk_local_cumsum(x, 64, axis=axis), expected
+    return {"x": x}, lambda x: public("chunk_local_cumsum")(x, 64, axis=axis), expected
 
 
 def _solve_triangular(rng):
     L = np.tril(rng.standard_normal((256, 64, 64)), -1) * 0.1 + 2 * np.eye(64)
     b = rng.standard_normal((256, 64, 64))
     arrays = {"L": L.astype(np.float32), "b": b.astype(np.float32)}
-    return arrays, nbdelta.solve_triangular, lambda L, b: np.linalg.solve(*map(np.float64, (L, b)))
+    expected = lambda L, b: np.linalg.solve(*map(np.float64, (L, b)))  # noqa: E731
+    return arrays, public("solve_triangular"), expected
 
 
 def _solve_tril(rng):
@@ -33,7 +32,7 @@ def _solve_tril(rng):
         full = np.eye(64) + A.astype(np.float64).swapaxes(1, 2)
         return np.linalg.inv(full).swapaxes(1, 2)
 
-    return {"A": A.astype(np.float32)}, nbdelta.solve_tril, expected
+    return {"A": A.astype(np.float32)}, public("solve_tril"), expected
 
 
 def _fused_gate(rng):
@@ -43,7 +42,7 @@ def _fused_gate(rng):
     def expected(x, A_log):
         return -np.exp(np.float64(A_log))[:, None] * np.logaddexp(0, np.float64(x))
 
-    return arrays, nbdelta.fused_gate, expected
+    return arrays, public("fused_gate"), expected
 
 
 CASES = {
@@ -55,23 +54,31 @@ CASES = {
 }
 
 
-class Blocks:
+# flops of the solves; the others are a matter of memory
+FLOPS = {"solve-triangular-256x64": 256 * 64**3, "solve-tril-128x64": 128 * 64**3 / 3}
+
+
+class Blocks(_Timed):
     """The functions that people use alone."""
 
     params = (DEVICES, list(CASES))
     param_names = ("device", "case")
-    version, timeout = "1", 600
 
     def setup(self, device, case):
         """Refuse to time a wrong result."""
         arrays, self.function, expected = CASES[case](np.random.default_rng(0))
         reference = expected(**arrays)
-        self.arrays = on_device(device, arrays)
-        error = host(self.function(**self.arrays)) - reference
+        self.case, self.arrays = case, on_device(device, arrays)
+        error = host(self.call()) - reference
         assert np.linalg.norm(error) < 2e-6 * np.linalg.norm(reference)
 
-    def track_best(self, device, case):
-        """Fastest of many calls."""
-        return best_ms(lambda: self.function(**self.arrays), device)
+    def call(self):
+        """Run it once."""
+        return self.function(**self.arrays)
 
-    track_best.unit = "ms"
+    def floor(self, device):
+        """Return a matrix product, or a multiply in place of the first array."""
+        size = next(iter(self.arrays.values())).size
+        if self.case in FLOPS:
+            return product_floor(device, FLOPS[self.case], size)
+        return stream_floor(device, size)

@@ -1,16 +1,30 @@
-"""What the benchmarks share: inputs on a device, the check before the clock, the clock."""
+"""What the benchmarks share: inputs on a device, the check before the clock, clock and floor.
 
-import os
+Nothing of the package but its public functions and the float64 reference, since versions of any
+age are measured.
+"""
+
 import time
 
 import numba
 import numpy as np
+import threadpoolctl
+from numba import prange
 
+import nbdelta
 from nbdelta import naive
 
 DEVICES = ["cpu", "cpu-1-thread", "cuda"]
-# seconds that the repetitions of one number may take
-SECONDS = 1.0
+# seconds that one number takes, and that a call or its floor goes on before it is the other's turn
+SECONDS, TURN = 1.5, 0.02
+SIDE = 1024
+
+
+def public(name):
+    """Return a function, or tell asv that this version does not have it."""
+    if not hasattr(nbdelta, name):
+        raise NotImplementedError(f"no {name} yet")
+    return getattr(nbdelta, name)
 
 
 def inputs(shape, dtype="float32"):
@@ -38,7 +52,9 @@ def on_device(device, arrays):
     count = numba.config.NUMBA_NUM_THREADS
     if device == "cpu" and count == 1:
         raise NotImplementedError("one core: see cpu-1-thread")
-    numba.set_num_threads(count if device == "cpu" else 1)
+    count = count if device == "cpu" else 1
+    numba.set_num_threads(count)
+    threadpoolctl.threadpool_limits(count)
     return arrays
 
 
@@ -75,21 +91,69 @@ def error_of(o, arrays, tokens=32, heads=2, **options):
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def best_ms(call, device="cpu"):
-    """Milliseconds of the fastest of many calls, after one that compiles and warms up."""
+class _Timed:
+    """A class of benchmarks with a method `call`, on the `device` of its first parameter.
+
+    The machine's speed changes by more than what one looks for. So the numbers are least times of
+    many calls, and one of them is relative to a floor that takes turns with the call.
+    """
+
+    version, timeout = "2", 600
+
+    def track_best(self, device, *_):
+        """Least time of a call."""
+        return 1e3 * _race(device, self.call)[0]
+
+    def track_over_floor(self, device, *_):
+        """Least time of a call over that of its floor."""
+        floor, factor = self.floor(device)
+        best, limit = _race(device, self.call, floor)
+        return best / (factor * limit)
+
+    track_best.unit, track_over_floor.unit = "ms", "time / floor"
+
+
+def product_floor(device, flops, numbers):
+    """Return the floor of some flops: a matrix product, and how many of it."""
+    if device == "cuda":
+        return stream_floor(device, numbers)
+    a = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
+    out = np.empty_like(a)
+    return lambda: np.matmul(a, a, out=out), flops / (2 * SIDE**3)
+
+
+def stream_floor(device, numbers):
+    """Return the floor of reading and writing some float32 numbers."""
+    x = np.ones(numbers, np.float32)
+    if device == "cuda":
+        there = on_device(device, {"source": x, "target": x})
+        return lambda: there["target"].copy_to_device(there["source"]), 1
+    return lambda: _multiply(x, np.float32(1)), 1
+
+
+@numba.njit(parallel=True, cache=True)
+def _multiply(x, factor):
+    for i in prange(x.size):
+        x[i] *= factor
+
+
+def _race(device, *calls):
+    """Least seconds of calls that take turns, after one each that compiles and warms up."""
     wait = _synchronize if device == "cuda" else _nothing
 
-    def timed():
+    def timed(call):
         begin = time.perf_counter()
         call()
         wait()
         return time.perf_counter() - begin
 
-    timed()
-    best, end = timed(), time.perf_counter() + SECONDS
+    best, end = [min(timed(call), timed(call)) for call in calls], time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        best = min(best, timed())
-    return 1e3 * best
+        for i, call in enumerate(calls):
+            turn = time.perf_counter() + TURN
+            while time.perf_counter() < turn:
+                best[i] = min(best[i], timed(call))
+    return best
 
 
 def _nothing():
@@ -100,7 +164,3 @@ def _synchronize():
     from numba import cuda
 
     cuda.synchronize()
-
-
-# NumPy's own threads would take cores from the kernels
-os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,37 +1,11 @@
-"""The shapes that are measured, by the labels that the history is kept under.
+"""The package's table of shapes, that of this checkout whatever version is measured."""
 
-A label never changes its meaning: another shape gets another label.
-"""
+import importlib.util
+from pathlib import Path
 
-from typing import NamedTuple
+_path = Path(__file__).parents[2] / "nbdelta" / "shapes.py"
+_spec = importlib.util.spec_from_file_location("nbdelta_shapes", _path)
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
 
-
-class Shape(NamedTuple):
-    """One layer of a model: one gate per value head ("gda") or per key channel ("kda")."""
-
-    gate: str
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-
-
-def _prefill(label, gate, H, HV, K, V, lengths):
-    return {f"{label}-{name}": Shape(gate, 1, T, H, HV, K, V) for name, T in lengths.items()}
-
-
-def _decode(label, gate, H, batches):
-    return {f"{label}-b{B}": Shape(gate, B, 1, H, 32, 128, 128) for B in batches}
-
-
-PREFILL = {
-    **_prefill("qwen3-next", "gda", 16, 32, 128, 128, {"64": 64, "512": 512, "2k": 2048}),
-    **_prefill("kimi-linear", "kda", 32, 32, 128, 128, {"64": 64, "512": 512, "2k": 2048}),
-    **_prefill("olmo-hybrid", "gda", 30, 30, 96, 192, {"512": 512}),
-}
-DECODE = {
-    **_decode("decode", "gda", 16, (1, 16, 64)),
-    **_decode("decode-kda", "kda", 32, (1, 16, 64)),
-}
+Shape, PREFILL, DECODE = _module.Shape, _module.PREFILL, _module.DECODE

@@ -1,4 +1,4 @@
-"""Words of memory that several threads read and write, and calls by address.
+"""Words of memory that several threads read and write, calls by address, and the clock.
 
 A word is ``pointer[index]`` of int64. All operations are sequentially consistent.
 """
@@ -68,6 +68,20 @@ def pause(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def ticks(typingctx):
+    """Read the processor's clock, which runs at a rate of its own; 0 where there is none."""
+
+    def codegen(context, builder, signature, args):
+        x86 = builder.module.triple.startswith(("x86_64", "i686"))
+        # the cycle counter of other processors is not for programs to read
+        name = "llvm.readcyclecounter" if x86 else "llvm.readsteadycounter"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I64, []), name)
+        return builder.call(function, [])
+
+    return types.int64(), codegen
 
 
 @intrinsic

@@ -30,7 +30,7 @@ from nbdelta.cpu._call import (
     BOUND,
     EPS,
     KEY,
-    LENGTH,
+    NEXT,
     RAW_GATE,
     SCALE,
     SIGMOID_BETA,
@@ -63,11 +63,13 @@ from nbdelta.cpu._simd import W, itemsize, padded, rows_of_tile
 from nbdelta.cpu._tiles import DECAY, KEY_GATE, LAST, QUERY_GATE, SUFFIX, gram, pack_columns
 from nbdelta.cpu.gate import gate_factor
 
-# the arrays of a backward call, behind those of the forward call; dV is where o was
-DO, DHT, DQ, DKEY, DG, DBETA, DH0 = range(LENGTH, LENGTH + 56, 8)
+# the arrays of a backward call, behind the one counter that it uses: not at the end of a forward
+# call's descriptor, whose length depends on the number of threads, which a cached kernel outlives;
+# dV is where o was
+DO, DHT, DQ, DKEY, DG, DBETA, DH0 = range(NEXT + 8, NEXT + 64, 8)
 # the sequences' shares in the gradients of A_log and dt_bias, and those gradients
-DA_LOG, DDT_BIAS, DA_LOG_SUM, DDT_BIAS_SUM = range(LENGTH + 56, LENGTH + 88, 8)
-BACKWARD_LENGTH = LENGTH + 88
+DA_LOG, DDT_BIAS, DA_LOG_SUM, DDT_BIAS_SUM = range(NEXT + 64, NEXT + 96, 8)
+BACKWARD_LENGTH = NEXT + 96
 DV = O
 
 _gram = gram(False)

@@ -254,6 +254,11 @@ def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
     return chunk_kernel
 
 
+def multiplies_halves(dtype):
+    """Whether q, k and v of a dtype are multiplied in 16 bits unless `precision` forbids it."""
+    return DOTS_BFLOAT16 and dtype == "bfloat16"
+
+
 def chunk_gated_delta_rule(problem, min_length=0):
     """Fill the outputs of a problem by the chunked algorithm.
 
@@ -277,7 +282,7 @@ def chunk_gated_delta_rule(problem, min_length=0):
     strips = -(-(VP // W) // parts)
     parts = -(-(VP // W) // strips)
     desc[PARTS] = parts
-    pairs = DOTS_BFLOAT16 and p.q.dtype == "bfloat16" and p.precision != "highest"
+    pairs = multiplies_halves(p.q.dtype) and p.precision != "highest"
     rows = p.HV // p.H * strips * strip_rows(KP, pairs)
     scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, pairs).end
     items *= parts

@@ -50,7 +50,6 @@ from nbdelta.cpu._call import (
     H0,
     HV,
     ITEMS,
-    LENGTH,
     NEXT,
     SCRATCH,
     SCRATCH_STEP,
@@ -173,8 +172,8 @@ def _backward_kernel(REAL, PER_CHANNEL):
 
 
 @cache
-def _sum_kernel():
-    @kernel()
+def _sum_kernel(PER_CHANNEL):
+    @kernel(PER_CHANNEL)
     def sum_kernel(desc, worker):
         """Add up the sequences' shares in the gradients of A_log and dt_bias, in their order."""
         shares, bias_shares = array_at(desc, DA_LOG), array_at(desc, DDT_BIAS)
@@ -187,7 +186,7 @@ def _sum_kernel():
                 put(np.float64, dA[1], dA[0] + hv * dA[2], total)
             if dbias[0]:
                 total = 0.0
-                for c in range(bias_shares[3] // bias_shares[4]):
+                for c in range(desc[K] if PER_CHANNEL else 1):
                     if dbias[3]:
                         total = 0.0
                     for seq in range(desc[N]):
@@ -208,7 +207,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     grads, p = gradients, gradients.problem
     REAL = real_of(p.q.dtype)
     desc = np.zeros(BACKWARD_LENGTH, np.int64)
-    desc[:LENGTH] = describe(p)
+    desc[:NEXT] = describe(p)[:NEXT]
     starts = checkpoint_starts(p)
     desc[CHECKPOINT_STARTS] = starts.ctypes.data
     per_head = p.K if p.per_channel else 1
@@ -226,4 +225,4 @@ def chunk_gated_delta_rule_bwd(gradients):
     scratch = work_layout(0, size, KP, VP, p.HV // p.H, p.per_channel, block_step).end
     run(_backward_kernel(REAL, p.per_channel), desc, p.N * p.H, scratch, thread_count())
     if desc[DA_LOG]:
-        _sum_kernel()(desc.ctypes.data, 0)
+        _sum_kernel(p.per_channel)(desc.ctypes.data, 0)

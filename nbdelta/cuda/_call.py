@@ -8,11 +8,10 @@ not seen what is in them, and the kernels do not trust it.
 from functools import lru_cache
 
 import numpy as np
-from numba import int32
 
-from nbdelta.cuda._arrays import upload
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import DTYPES, fields, read_index
+from nbdelta.cuda._ptx import int32, uint32
 
 # arrays, six numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 66, 6)
@@ -25,11 +24,9 @@ B, T, H, HV, K, V, N, SLOTS, POOL, INTERVAL, GROUP = range(84, 95)
 SCALE, EPS, BOUND, RAW_GATE, SIGMOID_BETA, BETA_FACTOR, TILED, L2NORM = range(95, 103)
 # sequences outside of these lengths are left to another kernel
 MIN_LENGTH, MAX_LENGTH = 103, 104
-# address of int64: number of the first checkpoint of each sequence
-CHECKPOINT_STARTS = 105
 # of the single kernel: scratch addresses and sizes, whatever it needs
-EXTRA = 106
-LENGTH = 112
+EXTRA = 105
+LENGTH = 111
 
 L2NORM_EPS = 1e-6
 NO_LIMIT = 2**31 - 1
@@ -94,15 +91,8 @@ def describe(problem, dtype=np.float32, min_length=0, max_length=None):
     desc += scale, eps, bound, p.use_gate_in_kernel, p.use_beta_sigmoid_in_kernel, factor
     desc += p.head_order == "tiled", p.use_qk_l2norm_in_kernel
     desc += min_length, NO_LIMIT if max_length is None else max_length
-    desc.append(_checkpoint_starts(p) if p.checkpoint_interval else 0)
     desc += (0,) * (LENGTH - len(desc))
     return np.array(desc, np.int64)
-
-
-def _checkpoint_starts(p):
-    lengths = np.full(p.N, p.T, np.int64) if p.lengths is None else p.lengths
-    counts = lengths // p.checkpoint_interval
-    return upload(np.cumsum(counts) - counts, p.q).address
 
 
 # `array_at(desc, Q)`: (address, dtype code, four byte strides)
@@ -128,7 +118,25 @@ def sequence(desc, n):
 
 
 @device
+def first_checkpoint(desc, n):
+    """Number of the first checkpoint of sequence n: the sequences before it have as many."""
+    count = 0
+    for m in range(n):
+        _, bos, eos = sequence(desc, m)
+        count += (eos - bos) // desc[INTERVAL]
+    return count
+
+
+@device
+def divided(x, y):
+    """Quotient and remainder of two uint32. (Numba widens int32, and int64 takes a routine.)"""
+    quotient = uint32(x // y)
+    return quotient, uint32(x - quotient * y)
+
+
+@device
 def key_head(desc, hv):
     """The head of q and k that a value head reads."""
+    # (by int64: with `divided` the widest decode kernel spills on sm_90)
     hv = int32(hv)
     return hv % int32(desc[H]) if desc[TILED] else hv // int32(desc[GROUP])

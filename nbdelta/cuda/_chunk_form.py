@@ -7,7 +7,19 @@ such that the number of a chunk and the chunk of a number follow from cu_seqlens
 
 from typing import NamedTuple
 
-from nbdelta.cuda._call import CU_SEQLENS, EXTRA, MAX_LENGTH, MIN_LENGTH, N, T, array_at
+from nbdelta.cuda._call import (
+    CU_SEQLENS,
+    EXTRA,
+    GROUP,
+    MAX_LENGTH,
+    MIN_LENGTH,
+    TILED,
+    H,
+    N,
+    T,
+    array_at,
+    divided,
+)
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import read_index
 from nbdelta.cuda._ptx import copy_async, int32, uint32, uint64
@@ -96,14 +108,15 @@ class Form(NamedTuple):
 @device
 def first_chunk(desc, n):
     """Number of the first chunk of sequence n."""
-    segment, per_segment = int32(desc[SEGMENT]), int32(desc[PER_SEGMENT])
+    n, segment = uint32(n), uint32(desc[SEGMENT])
     cu = array_at(desc, CU_SEQLENS)
     if cu[0] == 0:
-        return int32(n * ((int32(desc[T]) + segment - 1) // segment) * per_segment)
-    # a sequence may have a segment more than its length says: that of its odd tokens
-    bos = read_index(cu[1], cu[0] + n * cu[2])
-    bos = int32(min(max(bos, 0), desc[T]))
-    return int32((bos // segment + n) * per_segment)
+        segments = n * divided(uint32(desc[T] + segment - 1), segment)[0]
+    else:
+        # a sequence may have a segment more than its length says: that of its odd tokens
+        bos = read_index(cu[1], cu[0] + n * cu[2])
+        segments = divided(uint32(min(max(bos, 0), desc[T])), segment)[0] + n
+    return int32(segments * uint32(desc[PER_SEGMENT]))
 
 
 def count_chunks(T, N, segment, per_segment, packed):
@@ -115,7 +128,7 @@ def count_chunks(T, N, segment, per_segment, packed):
 def sequence_of_chunk(desc, chunk):
     """The sequence that a number belongs to."""
     if desc[CU_SEQLENS] == 0:
-        return int32(chunk // first_chunk(desc, 1))
+        return int32(divided(uint32(chunk), uint32(first_chunk(desc, 1)))[0])
     low, high = int32(0), int32(desc[N] - 1)
     while low < high:
         middle = int32((low + high + 1) // 2)
@@ -127,6 +140,14 @@ def sequence_of_chunk(desc, chunk):
 
 
 @device
+def own_key_head(desc, hv):
+    """The head of q and k that a value head reads; `key_head` in fewer registers here."""
+    if desc[TILED]:
+        return divided(hv, uint32(desc[H]))[1]
+    return divided(hv, uint32(desc[GROUP]))[0]
+
+
+@device
 def is_ours(desc, length):
     """Whether sequences of this length are not left to another kernel."""
     return desc[MIN_LENGTH] <= length <= desc[MAX_LENGTH]
@@ -135,9 +156,12 @@ def is_ours(desc, length):
 @device
 def chunk_span(desc, c, length, tokens):
     """First token of chunk c of a sequence of `length`, and how many it has (if it exists)."""
-    segment, per_segment = int32(desc[SEGMENT]), int32(desc[PER_SEGMENT])
-    start = int32(c // per_segment * segment + c % per_segment * tokens)
-    return start, int32(min(tokens, min(length - start, segment - start % segment)))
+    segment = uint32(desc[SEGMENT])
+    full, rest = divided(uint32(c), uint32(desc[PER_SEGMENT]))
+    start = uint32(full * segment + rest * tokens)
+    left = int32(segment - divided(start, segment)[1])
+    start = int32(start)
+    return start, int32(min(tokens, min(length - start, left)))
 
 
 # -- tiles in shared memory

@@ -23,13 +23,12 @@ from nbdelta.cuda._call import (
     L2NORM,
     SCALE,
     SIGMOID_BETA,
-    TILED,
     G,
-    H,
     K,
     Q,
     array_at,
     at,
+    divided,
     sequence,
 )
 from nbdelta.cuda._chunk_form import (
@@ -41,6 +40,7 @@ from nbdelta.cuda._chunk_form import (
     first_chunk,
     is_ours,
     make_load_rows,
+    own_key_head,
     sequence_of_chunk,
 )
 from nbdelta.cuda._chunk_gates import (
@@ -52,8 +52,16 @@ from nbdelta.cuda._chunk_gates import (
     real,
     sigmoid,
 )
+from nbdelta.cuda._gram_tiles import (
+    make_channel_gram,
+    make_diagonal_gram,
+    make_finish,
+    make_gram,
+    pick,
+)
 from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import read_real
+from nbdelta.cuda._memory_tiles import make_decayed, make_square_sum, make_store_block
 from nbdelta.cuda._ptx import (
     commit_copies,
     ex2,
@@ -71,25 +79,14 @@ from nbdelta.cuda._ptx import (
     uniform,
     wait_for_copies,
 )
+from nbdelta.cuda._solve_tiles import PITCH, inverse, inverse_transposed, invert
 from nbdelta.cuda._tiles import (
     BLOCK,
-    PITCH,
-    inverse,
-    inverse_transposed,
-    invert,
     make_block_product,
-    make_channel_gram,
     make_columns,
-    make_decayed,
-    make_diagonal_gram,
-    make_finish,
-    make_gram,
     make_negated,
-    make_square_sum,
     make_stash,
-    make_store_block,
     make_zeros,
-    pick,
 )
 
 SQUARE = 1024  # bytes of a 16 x 16 block of float32 in fragments
@@ -320,10 +317,9 @@ def intra_kernel(form, gate_dtype, wide):
         base = shared_address(cuda.shared.array(0, u32))
         t = uint32(cuda.threadIdx.x)
         lane, w = uint32(t & 31), uniform(t >> 5)
-        value_heads, channels = int32(desc[HV]), int32(desc[K])
-        chunk, hv = int32(cuda.blockIdx.x // value_heads), int32(cuda.blockIdx.x % value_heads)
-        heads = int32(desc[H])
-        hk = hv % heads if desc[TILED] else hv // (value_heads // heads)
+        value_heads, channels = uint32(desc[HV]), int32(desc[K])
+        chunk, hv = divided(uint32(cuda.blockIdx.x), value_heads)
+        hk = own_key_head(desc, hv)
         seq = sequence_of_chunk(desc, chunk)
         b, bos, eos = sequence(desc, seq)
         length = int32(eos - bos)

@@ -26,15 +26,14 @@ from nbdelta.cuda._call import (
     HV,
     INTERVAL,
     KEY,
-    TILED,
     VALUE,
-    H,
     K,
     O,
     Q,
     V,
     array_at,
     at,
+    divided,
     sequence,
 )
 from nbdelta.cuda._chunk_form import (
@@ -50,9 +49,11 @@ from nbdelta.cuda._chunk_form import (
     is_ours,
     make_load_rows,
     make_load_values,
+    own_key_head,
     row_lane,
 )
 from nbdelta.cuda._jit import device, kernel, specialised
+from nbdelta.cuda._memory_tiles import make_state, make_store_elements, make_store_output
 from nbdelta.cuda._ptx import (
     commit_copies,
     copy_async,
@@ -73,9 +74,6 @@ from nbdelta.cuda._tiles import (
     make_residual,
     make_scale,
     make_stash,
-    make_state,
-    make_store_elements,
-    make_store_output,
     make_times_rows,
     make_times_tile,
     make_times_triangle,
@@ -271,20 +269,20 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
         t = uint32(cuda.threadIdx.x)
         lane, warp = uint32(t & 31), uniform(t >> 5)
         g, c = lane >> 2, lane & 3
-        value_heads, heads = int32(desc[HV]), int32(desc[H])
-        slices = int32((desc[V] + columns - 1) // columns)
-        block = int32(cuda.blockIdx.x)
-        v0 = int32(block % slices * columns)
-        hv, seq = int32(block // slices % value_heads), int32(block // slices // value_heads)
-        hk = hv % heads if desc[TILED] else hv // (value_heads // heads)
+        value_heads = uint32(desc[HV])
+        slices = uint32(uint32(desc[V] + columns - 1) // columns)
+        block, part = divided(uint32(cuda.blockIdx.x), slices)
+        v0 = int32(part * columns)
+        seq, hv = divided(block, value_heads)
+        hk = own_key_head(desc, hv)
         b, bos, eos = sequence(desc, seq)
         length = int32(eos - bos)
         if not is_ours(desc, length):
             return
         first = first_chunk(desc, seq)
-        full = int32(length // desc[SEGMENT])
-        rest = int32(length - full * desc[SEGMENT])
-        chunks = int32(full * desc[PER_SEGMENT] + (rest + tokens - 1) // tokens)
+        full, rest = divided(uint32(length), uint32(desc[SEGMENT]))
+        rest = uint32(rest + tokens - 1)
+        chunks = int32(full * uint32(desc[PER_SEGMENT]) + rest // tokens)
 
         # Both roles meet once per chunk, `chunks` + 1 times in all. In turn i chains work on
         # chunk i and the others put out chunk i - 1, so that everything has at least two places:
@@ -301,20 +299,20 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                     at(h0, seq, hv, 2 * c) + column * h0[5], h0[4], h0[5], k_left, v_left
                 )
             kept = array_at(desc, CHECKPOINTS)
-            slot = 0
+            interval, slot = uint32(desc[INTERVAL]), uint32(0)
             if kept[0] != 0:
                 for m in range(seq):
                     _, m_bos, m_eos = sequence(desc, m)
-                    slot += (m_eos - m_bos) // desc[INTERVAL]
+                    slot = uint32(slot + divided(uint32(m_eos - m_bos), interval)[0])
             for i in range(chunks):
                 cuda.syncthreads()
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)
                 s = advance(s, uint32(base + i % stages * KEYS), value, lane, stash)
                 if kept[0] != 0:
                     start, count = chunk_span(desc, i, length, tokens)
-                    end = start + count
-                    if end % desc[INTERVAL] == 0:
-                        own = at(kept, slot + end // desc[INTERVAL] - 1, hv, 2 * c)
+                    nth, over = divided(uint32(start + count), interval)
+                    if over == 0:
+                        own = at(kept, slot + nth - 1, hv, 2 * c)
                         own += column * kept[5]
                         store_state(s, own, kept[4], kept[5], k_left, v_left)
             cuda.syncthreads()

@@ -181,7 +181,10 @@ def driver_rejection_reason():
     """Say why no kernel can run in this process, or return None."""
     if SIMULATOR or cuda.is_available():
         return None
-    return "no NVIDIA driver with a device was found (nvidia-smi shows whether there is one)"
+    return (
+        "no NVIDIA driver with a device was found (nvidia-smi, which comes with the driver, shows "
+        "both); CUDA 13 needs driver 580 or later, CUDA 12 driver 525"
+    )
 
 
 def device_rejection_reason(index):

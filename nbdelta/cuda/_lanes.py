@@ -149,6 +149,10 @@ class Lanes:
         return np.float32(x)
 
     @staticmethod
+    def real(type, x):
+        return np.dtype(str(type)).type(x)
+
+    @staticmethod
     def iadd(a, b):
         return a + b
 
@@ -202,7 +206,7 @@ class Lanes:
 
     @staticmethod
     def fma(a, b, c):
-        return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+        return type(c)(np.float64(a) * np.float64(b) + np.float64(c))
 
     @staticmethod
     def neg(a):

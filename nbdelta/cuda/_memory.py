@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from nbdelta.cuda._jit import device, intrinsic
-from nbdelta.cuda._ptx import F32, F64, I16, I32, I64, round_pair, round_to_bfloat16
+from nbdelta.cuda._ptx import F32, F64, I16, I32, I64, Ptx, round_pair, round_to_bfloat16
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64")
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT32, INT64 = range(6)
@@ -220,6 +220,25 @@ def writer(dtype, REAL, n=1):
     return write
 
 
+@cache
+def write_real(REAL, wide=False):
+    """A function of dtype code, address and a number: the reverse of `read_real`."""
+    f32, f64, f16, bf16 = (writer(dtype, REAL) for dtype in DTYPES[:4])
+
+    @device
+    def write(code, address, value):
+        if code == FLOAT32:
+            f32(address, value)
+        elif code == BFLOAT16:
+            bf16(address, value)
+        elif wide and code == FLOAT64:
+            f64(address, value)
+        else:
+            f16(address, value)
+
+    return write
+
+
 _read_int32, _read_int64 = (reader(dtype, types.int64) for dtype in ("int32", "int64"))
 
 
@@ -285,3 +304,112 @@ def set_element(typingctx, array, i, x):
         return context.get_dummy_value()
 
     return types.void(array, i, array.dtype), codegen
+
+
+@cache
+def column_reader(dtype, REAL, n):
+    """A function of address, byte stride and count: n numbers, those from `count` on are zero.
+
+    All are under way at once, but for those that are not there: they are not looked at.
+    """
+    read = _simulated_read(dtype, REAL, 1)
+
+    def simulated(address, stride, count):
+        zero = np.dtype(str(REAL)).type(0)
+        return tuple([read(address + i * stride) if i < count else zero for i in range(n)])
+
+    @intrinsic(simulated)
+    def column(typingctx, address, stride, count):
+        def codegen(context, builder, signature, args):
+            numbers = Ptx(builder).load_column(dtype, REAL, n, *args)
+            return context.make_tuple(builder, signature.return_type, numbers)
+
+        return types.UniTuple(REAL, n)(types.int64, types.int64, types.int64), codegen
+
+    return column
+
+
+@cache
+def block_writer(REAL, m, n):
+    """A function of address, byte strides, counts of rows and columns, and m x n numbers.
+
+    Numbers past the counts are not written.
+    """
+    write_one = _simulated_write(str(REAL), 1)
+
+    def simulated(address, row_step, column_step, rows, columns, numbers):
+        for i in range(min(m, rows)):
+            for j in range(min(n, columns)):
+                write_one(address + i * row_step + j * column_step, numbers[i * n + j])
+
+    @intrinsic(simulated)
+    def write(typingctx, address, row_step, column_step, rows, columns, numbers):
+        def codegen(context, builder, signature, args):
+            address, row_step, column_step, rows, columns, numbers = args
+            for i in range(m):
+                inside = builder.icmp_signed("<", ir.Constant(I64, i), rows)
+                count = builder.select(inside, columns, ir.Constant(I64, 0))
+                row = [builder.extract_value(numbers, i * n + j) for j in range(n)]
+                Ptx(builder).store_column_if(address, column_step, count, row)
+                address = builder.add(address, row_step)
+            return context.get_dummy_value()
+
+        given = types.UniTuple(REAL, m * n)
+        return types.void(*[types.int64] * 5, given), codegen
+
+    return write
+
+
+@cache
+def shared_reader(REAL, starts, width=1):
+    """A function of a shared array with one axis and a place: the numbers `starts` from there on.
+
+    `width`: so many neighbours at each start lie at a multiple of 16 bytes or of their size.
+    """
+    count = width * len(starts)
+
+    def simulated(array, place):
+        return tuple([array[place + start + i] for start in starts for i in range(width)])
+
+    @intrinsic(simulated)
+    def read(typingctx, array, place):
+        def codegen(context, builder, signature, args):
+            pointer = _element_pointer(context, builder, signature, args)
+            stored, numbers = pointer.type.pointee, []
+            for start in starts:
+                own = builder.gep(pointer, [ir.Constant(I32, start)])
+                if width > 1:
+                    own = builder.bitcast(own, ir.VectorType(stored, width).as_pointer())
+                x = builder.load(own, align=min(16, width * (8 if stored == F64 else 4)))
+                numbers += (
+                    [builder.extract_element(x, ir.Constant(I32, i)) for i in range(width)]
+                    if width > 1
+                    else [x]
+                )
+            return context.make_tuple(builder, signature.return_type, numbers)
+
+        return types.UniTuple(REAL, count)(array, place), codegen
+
+    return read
+
+
+@cache
+def shared_writer(REAL, starts):
+    """A function of a shared array, a place and numbers: the reverse of `shared_reader`."""
+
+    def simulated(array, place, numbers):
+        for start, x in zip(starts, numbers):
+            array[place + start] = x
+
+    @intrinsic(simulated)
+    def write(typingctx, array, place, numbers):
+        def codegen(context, builder, signature, args):
+            pointer = _element_pointer(context, builder, signature, args)
+            for i, start in enumerate(starts):
+                own = builder.gep(pointer, [ir.Constant(I32, start)])
+                builder.store(builder.extract_value(args[2], i), own)
+            return context.get_dummy_value()
+
+        return types.void(array, place, types.UniTuple(REAL, len(starts))), codegen
+
+    return write

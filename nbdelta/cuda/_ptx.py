@@ -125,6 +125,9 @@ class Ptx:
     def f32(self, x):
         return ir.Constant(F32, x)
 
+    def real(self, type, x):
+        return ir.Constant(F64 if type == types.float64 else F32, x)
+
     # integers, of 32 or 64 bits
 
     def iadd(self, a, b):
@@ -256,23 +259,31 @@ class Ptx:
 
     def load_real_if(self, condition, dtype, address):
         """A number of any width as float32; zero, without a look, where the condition fails."""
-        declare, load = {
-            "float32": ("", "mov.b32 $0, 0; @p ld.global.f32 $0, [$1];"),
-            "bfloat16": (
-                ".reg .b16 h, z; mov.b16 z, 0;",
-                "mov.b16 h, 0; @p ld.global.b16 h, [$1]; mov.b32 $0, {z, h};",
-            ),
-            "float16": (
-                ".reg .b16 h;",
-                "mov.b16 h, 0; @p ld.global.b16 h, [$1]; cvt.f32.f16 $0, h;",
-            ),
-            "float64": (
-                ".reg .f64 d;",
-                "mov.f64 d, 0d0000000000000000; @p ld.global.f64 d, [$1]; cvt.rn.f32.f64 $0, d;",
-            ),
-        }[dtype]
+        declare, load = _load_if_p(dtype, f32, "$0", "$1")
         text = f"{{.reg .pred p; {declare} setp.ne.b32 p, $2, 0; {load}}}"
         return self.asm(text, [F32], [address, self.builder.zext(condition, I32)])[0]
+
+    def load_column(self, dtype, type, n, address, stride, count):
+        """`n` numbers `stride` bytes apart as float32 or float64; zeros from `count` on.
+
+        All in one text: the compiler would keep what it knows of the addresses for the next column.
+        """
+        declare, _ = _load_if_p(dtype, type, "", "")
+        text = f"{{.reg .pred p; .reg .b64 a; {declare} mov.b64 a, ${n};"
+        for i in range(n):
+            _, load = _load_if_p(dtype, type, f"${i}", "a")
+            text += f" setp.lt.s64 p, {i}, ${n + 2}; {load} add.s64 a, a, ${n + 1};"
+        result = F64 if type == types.float64 else F32
+        return self.asm(text + "}", [result] * n, [address, stride, count])
+
+    def store_column_if(self, address, stride, count, values):
+        """The first `count` of float32 or float64 numbers, `stride` bytes apart."""
+        kind = "f64" if values[0].type == F64 else "f32"
+        text = "{.reg .pred p; .reg .b64 a; mov.b64 a, $0;"
+        for i in range(len(values)):
+            text += f" setp.lt.s64 p, {i}, $2; @p st.global.{kind} [a], ${3 + i};"
+            text += " add.s64 a, a, $1;"
+        self.asm(text + "}", [], [address, stride, count, *values])
 
     def store_real_if(self, condition, dtype, address, x):
         """A float32 rounded to a number of 32 or 16 bits, where the condition holds."""
@@ -283,6 +294,27 @@ class Ptx:
         }[dtype]
         text = "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; " + store + "}"
         self.asm(text, [], [address, x, self.builder.zext(condition, I32)])
+
+
+def _load_if_p(dtype, type, x, address):
+    """Registers to declare, and the text that loads x where p holds and makes it zero elsewhere."""
+    kind, zero = ("f64", "0d0000000000000000") if type == types.float64 else ("f32", "0f00000000")
+    if dtype == kind.replace("f", "float"):
+        return "", f"mov.{kind} {x}, {zero}; @p ld.global.{kind} {x}, [{address}];"
+    if dtype == "bfloat16":
+        declare = ".reg .b16 h, z; .reg .f32 w; mov.b16 z, 0;"
+        load = f"mov.b16 h, 0; @p ld.global.b16 h, [{address}]; mov.b32 w, {{z, h}};"
+        source = "w"
+    else:
+        width, source = ("b16", "h") if dtype == "float16" else ("f" + dtype[5:], "d")
+        none = "0" if width == "b16" else "0d0" + 15 * "0" if width == "f64" else "0f00000000"
+        declare = f".reg .{width} {source};"
+        load = f"mov.{width} {source}, {none}; @p ld.global.{width} {source}, [{address}];"
+    stored = {"bfloat16": "f32", "float16": "f16"}.get(dtype, "f" + dtype[5:])
+    if stored == kind:
+        return declare, f"{load} mov.{kind} {x}, {source};"
+    rounding = ".rn" if stored == "f64" else ""
+    return declare, f"{load} cvt{rounding}.{kind}.{stored} {x}, {source};"
 
 
 _VECTOR = {1: "", 2: ".v2", 4: ".v4"}
@@ -343,8 +375,8 @@ def tile(result, *operands):
 def _simulated_operand(t, x):
     if isinstance(t, types.UniTuple):
         return [_simulated_operand(t.dtype, y) for y in x]
-    if t == f32:
-        return np.float32(x)
+    if t in (f32, types.float64):
+        return np.dtype(str(t)).type(x)
     return _lanes.uint64(x) if t == u64 else _lanes.uint32(x)
 
 

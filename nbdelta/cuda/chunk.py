@@ -99,26 +99,32 @@ def pick_variant(dtype, precision, K, V, per_channel, chunk_size, heads, shared,
 def specialisations():
     """Name, kernel, descriptor length and dynamic shared memory of what is launched.
 
-    All kinds of products, gates and devices; not every combination with the dtype of a gate, a
-    state or o, which change a few loads and stores, and not K = 64, which is a smaller 128.
+    All kinds of products, gates and devices, and the widest slices; not every combination with the
+    dtype of a gate, a state or o, which change a few loads and stores.
     """
     usual = [("bfloat16", None, 128), ("float32", None, 128)]
-    others = [("bfloat16", None, 256), ("float16", None, 128), ("bfloat16", "highest", 128)]
-    rules = [(*rule, kilobytes) for kilobytes in (227, 163, 99) for rule in usual]
-    rules += [(*rule, 227) for rule in (*others, ("float32", None, 256))]
-    for dtype, precision, K, kilobytes in rules:
-        for per_channel in (False, True):
-            shared = kilobytes * 1024
-            variant = pick_variant(dtype, precision, K, 128, per_channel, None, 1, shared, 132)
-            if variant is None:
-                continue
-            form, columns, stages = variant
-            words = (dtype, precision, "K", str(K), "kda" if per_channel else "gda")
-            name = f"{' '.join(filter(None, words))}, {kilobytes} KB"
-            intra = intra_kernel(form, "float32", False)
-            yield f"chunk intra {name}", intra, LENGTH, intra_layout(form)[-1]
-            scan = scan_kernel(form, columns, stages, "float32", dtype, dtype != "float32")
-            yield f"chunk scan {name}", scan, LENGTH, Layout(form, columns, stages).end
+    rules = [(*rule, 1, kilobytes) for kilobytes in (227, 163, 99) for rule in usual]
+    rules += [(*rule, 9999, 227) for rule in usual]
+    rules += [("bfloat16", None, 64, 1, 227)]
+    rules += [(*rule, K, 1, 227) for rule in PLANES for K in (128, 256)]
+    seen = set()
+    for (dtype, precision, K, heads, kilobytes), per_channel in product(rules, (False, True)):
+        shared = kilobytes * 1024
+        variant = pick_variant(dtype, precision, K, 128, per_channel, None, heads, shared, 132)
+        if variant is None:
+            continue
+        form, columns, stages = variant
+        words = (dtype, precision, "K", str(K), "kda" if per_channel else "gda")
+        name = f"{' '.join(filter(None, words))}, {kilobytes} KB"
+        intra = intra_kernel(form, "float32", False)
+        scan = scan_kernel(form, columns, stages, "float32", dtype, dtype != "float32")
+        for found in (
+            (f"chunk intra {name}", intra, LENGTH, intra_layout(form)[-1]),
+            (f"chunk scan {name}, V {columns}", scan, LENGTH, Layout(form, columns, stages).end),
+        ):
+            if found[1] not in seen:
+                seen.add(found[1])
+                yield found
     for dtype, kind, planes in (("float32", "bf16", 3), ("float16", "f16", 1)):
         yield f"chunk pack {dtype}", pack_kernel(dtype, kind, planes), PACK_LENGTH, 0
 
@@ -134,6 +140,11 @@ def _direct(x, kind):
         and x.shape[3] % 8 == 0
         and all(n % 16 == 0 for n in (x.address, *x.strides[:3]))
     )
+
+
+def multiplies_halves(dtype):
+    """Whether q, k and v of a dtype are multiplied in 16 bits unless `precision` forbids it."""
+    return dtype in ("bfloat16", "float16")
 
 
 def chunk_gated_delta_rule(problem, min_length=0):

@@ -22,7 +22,6 @@ from nbdelta.cuda._call import (
     ACCEPTED,
     BETA,
     BETA_FACTOR,
-    CHECKPOINT_STARTS,
     CHECKPOINTS,
     CU_SEQLENS,
     DT_BIAS,
@@ -51,13 +50,13 @@ from nbdelta.cuda._call import (
     array_at,
     at,
     describe,
+    first_checkpoint,
     key_head,
     sequence,
 )
 from nbdelta.cuda._jit import SIMULATOR, Kernel, current_place, device, kernel, specialised
 from nbdelta.cuda._math import exp, gate_functions, sqrt
 from nbdelta.cuda._memory import (
-    INT64,
     read_index,
     read_real,
     reader,
@@ -65,20 +64,8 @@ from nbdelta.cuda._memory import (
     real_of,
     writer,
 )
-from nbdelta.cuda._state import (
-    PARTS,
-    RECORD,
-    THREADS,
-    WARP,
-    dots,
-    form_of,
-    keep_record,
-    loader,
-    storer,
-    update,
-    warp_sum,
-    zeros,
-)
+from nbdelta.cuda._state import PARTS, THREADS, WARP, form_of, loader, storer, zeros
+from nbdelta.cuda._step import RECORD, dots, keep_record, update, warp_sum
 
 PADDED = -1
 # along z, in a launch: the device's limit
@@ -267,8 +254,7 @@ def _recurrent_kernel(REAL, DTYPE, STATE, form, VECTORS, MASKED, PER_CHANNEL, WI
                     target = ht[0] + kept * ht[2] + hv * ht[3]
                     store(state, target, ht[4], ht[5], row, first + own, desc[K], desc[V])
             if desc[INTERVAL] != 0 and done % desc[INTERVAL] == 0:
-                kept = read_index(INT64, desc[CHECKPOINT_STARTS] + 8 * n)
-                kept += done // desc[INTERVAL] - 1
+                kept = first_checkpoint(desc, n) + done // desc[INTERVAL] - 1
                 target = checkpoints[0] + kept * checkpoints[2] + hv * checkpoints[3]
                 store(
                     *(state, target, checkpoints[4], checkpoints[5]),

@@ -93,8 +93,10 @@ def _tril_kernel(DTYPE, BT):
     get, put = reader(DTYPE, REAL), writer(DTYPE, REAL)
     MATRICES, PITCH, LOG = SLAB // BT, BT + PAD, BT.bit_length() - 1
     SIZE, BC_SIZE, STEP = SLAB * PITCH, SLAB * BC_PITCH, THREADS // BT
+    # about as many as there is shared memory for
+    BLOCKS = 10 if REAL == types.float32 else 8 if BT < 64 else 4
 
-    @kernel(THREADS, 8)
+    @kernel(THREADS, BLOCKS)
     def tril_kernel(desc):
         s_a = cuda.shared.array(SIZE, REAL)
         s_x = cuda.shared.array(BC_SIZE, REAL)

@@ -1,0 +1,186 @@
+"""The rule as operators of PyTorch: automatic gradients, compilation, export, autocast.
+
+Imported by the public functions for calls that PyTorch has to know of: a gradient is recorded, a
+graph is traced, or autocast is on. Any other call goes by without it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from nbdelta.arrays import view
+from nbdelta.dispatch import run
+from nbdelta.gradients import fill_gradients, keep_states, most_states, prepare_gradients
+from nbdelta.problem import check_options, prepare
+from nbdelta.structure import Arrays, Options
+
+# in the order of `Arrays` and `Options`, without what no gradient goes through
+_ARRAYS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? A_log, "
+    "Tensor? dt_bias, Tensor? cu_seqlens"
+)
+_OPTIONS = (
+    "float? scale, bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, "
+    "float? lower_bound, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, "
+    "bool state_v_first, str head_order, int? chunk_size, str? precision, bool per_channel_only"
+)
+_N_ARRAYS, _N_OPTIONS = _ARRAYS.count(",") + 1, _OPTIONS.count(",") + 1
+_WITHOUT_GRADIENT = ("out", "state_indices", "num_accepted_tokens")
+
+
+def autocast(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast q, k and v as autocast casts the factors of a product; gates and states stay."""
+    dtype = torch.get_autocast_dtype(arrays[0].device.type)
+    return (*[_cast(x, dtype) for x in arrays[:3]], *arrays[3:])
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if eligible else x
+
+
+def rule(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """Apply the gated delta rule so that PyTorch knows of it.
+
+    Parameters
+    ----------
+    arrays : tuple
+        What the user gave, in the order of `nbdelta.structure.Arrays`.
+    options : tuple
+        The algorithm, the scale, then the others in the order of `nbdelta.structure.Options`.
+
+    Returns
+    -------
+    o, final_state : tensor
+        The final state is ``None`` where it was not asked for.
+    """
+    a = Arrays._make(arrays)
+    algorithm, scale, *others = options
+    checked = Options._make(others)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # else options may be symbols; the operator checks them when it runs
+        scale, checked = check_options((scale, *others))
+    for name, given in (
+        *[(name, getattr(a, name) is not None) for name in _WITHOUT_GRADIENT],
+        ("checkpoint_interval", checked.checkpoint_interval),
+        ("inplace_final_state", checked.inplace_final_state),
+    ):
+        if given:
+            raise ValueError(
+                f"{name}: has no gradient and is not part of a traced graph; leave it out, or call "
+                "under torch.no_grad() and uncompiled"
+            )
+    if not compiling and torch._C._are_functorch_transforms_active():
+        raise ValueError("q: torch.func (vmap, grad, jvp, ...) is not supported; use autograd")
+    cu_seqlens = a.cu_seqlens
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.as_tensor(cu_seqlens)
+    tensors = (*a[: _N_ARRAYS - 1], cu_seqlens)
+    for name, x in zip(Arrays._fields, tensors):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, as q is, got {type(x).__name__}")
+    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    shared = (scale, *checked[: _N_OPTIONS - 2], checked.per_channel_only)
+    o, final_state, _ = _forward(*tensors, *shared, algorithm, keep)
+    return o, final_state if checked.output_final_state else None
+
+
+def _arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the first arguments of an operator as those of `nbdelta.problem.prepare`."""
+    *tensors, cu_seqlens = args[:_N_ARRAYS]
+    *options, per_channel_only = args[_N_ARRAYS : _N_ARRAYS + _N_OPTIONS]
+    return (*tensors, None, cu_seqlens, None, None), (*options, None, False, per_channel_only)
+
+
+@custom_op(
+    "nbdelta::gated_delta_rule",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, {_OPTIONS}, str algorithm, bool keep) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, the final states and what the backward pass wants; empty where not wanted."""
+    arrays, options = _arguments(args)
+    *_, algorithm, keep = args
+    problem = prepare(arrays, options)
+    states = _empty_states(arrays, keep)
+    if keep:
+        keep_states(problem, view(states, "states"))
+    run(problem, algorithm)
+    final_state = problem.final_state
+    last = states.new_empty(0) if final_state is None else final_state.owner
+    return problem.o.owner, last, states
+
+
+def _empty_states(arrays: tuple[Any, ...], keep: bool) -> Tensor:
+    q, v = arrays[0], arrays[2]
+    B, T, _, K = q.shape
+    n = most_states(str(q.device), B, T) if keep else 0
+    return q.new_empty((n, *v.shape[2:3], K, *v.shape[3:]), dtype=_state_dtype(q))
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@_forward.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arrays, options = _arguments(args)
+    a, o = Arrays._make(arrays), Options._make(options[1:])
+    B, T, _, K = a.q.shape
+    HV, V = a.v.shape[2:]
+    state = a.q.new_empty(0)
+    if o.output_final_state:
+        N = B if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+        dtype = _state_dtype(a.q) if a.initial_state is None else a.initial_state.dtype
+        state = a.q.new_empty((N, HV, V, K) if o.state_v_first else (N, HV, K, V), dtype=dtype)
+    return a.q.new_empty((B, T, HV, V)), state, _empty_states(arrays, args[-1])
+
+
+@custom_op(
+    "nbdelta::gated_delta_rule_bwd",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, {_OPTIONS}, Tensor? do, Tensor? dht, Tensor states) -> Tensor[]",
+)
+def _backward(*args: Any) -> list[Tensor]:
+    """Return the gradients of all tensors that are given but cu_seqlens, in their order."""
+    *_, do, dht, states = args
+    gradients = prepare_gradients(*_arguments(args), do, dht)
+    keep_states(gradients.problem, view(states, "states"))
+    fill_gradients(gradients)
+    return [dx for dx in gradients.results() if dx is not None]
+
+
+@_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    tensors = args[: _N_ARRAYS - 1]
+    return [x.new_empty(x.shape) for x in tensors if x is not None]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, final_state, states = output
+    ctx.options = inputs[_N_ARRAYS : _N_ARRAYS + _N_OPTIONS]
+    ctx.count = len(inputs)
+    ctx.save_for_backward(*inputs[:_N_ARRAYS], states)
+    without = [states] if final_state.dim() > 1 else [states, final_state]
+    ctx.mark_non_differentiable(*without)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dht: Tensor | None, _: None) -> tuple[Any, ...]:
+    nothing = (None,) * ctx.count
+    if do is None and dht is None:
+        return nothing
+    *tensors, states = ctx.saved_tensors
+    found = iter(_backward(*tensors, *ctx.options, do, dht, states))
+    gradients = [None if x is None else next(found) for x in tensors[:-1]]
+    return (*gradients, *nothing[len(gradients) :])
+
+
+def _no_second_derivative(ctx: Any, *args: Any) -> None:
+    raise RuntimeError("nbdelta: the gradients of the rule have no gradients (create_graph=True)")
+
+
+_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+_backward.register_autograd(_no_second_derivative)

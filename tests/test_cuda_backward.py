@@ -1,0 +1,112 @@
+"""The kernels of the backward pass of the CUDA room, against the reference in float64."""
+
+import numpy as np
+import pytest
+from test_backward import NAMES, SMALL, call_of, reference, without_tiny_numbers
+
+from nbdelta.testing import Shape, rel_l2
+
+pytestmark = pytest.mark.usefixtures("cuda_room")
+# relative L2 of a head; sums are in float32 for all but float64, the results are rounded
+BOUNDS = {"float64": 1e-13, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+@pytest.fixture
+def cuda_room(device):
+    if device in ("cpu", "sim"):
+        pytest.skip("256 threads with barriers take minutes but on --device emu or gpu")
+    pytest.importorskip("ml_dtypes")
+
+
+def kernel(call):
+    import nbdelta  # as the fixture `device` has it now
+
+    return dict(zip(NAMES, nbdelta.chunk_gated_delta_rule_bwd(**call)))
+
+
+def assert_close(call, dtype, cleaned=lambda gradients: gradients):
+    got, expected = cleaned(kernel(call)), cleaned(reference(call))
+    assert list(got) == list(expected)
+    for name, ref in expected.items():
+        if ref is None:
+            assert got[name] is None, name
+            continue
+        x = got[name]
+        assert x.shape == np.shape(call[name]) and x.dtype == call[name].dtype, name
+        axis = {"initial_state": 1, "A_log": 0, "dt_bias": 0}.get(name, 2)
+        if axis == 0:  # sums over all tokens
+            x, ref = np.asarray(x)[None], ref[None]
+        error, bound = rel_l2(x, ref, axis), max(BOUNDS[x.dtype.name], BOUNDS[dtype])
+        assert error <= bound, f"{name}: {error:.2e} > {bound:.0e}"
+
+
+@pytest.mark.parametrize(
+    ("option", "gate"),
+    [
+        ("everything", "gda"),
+        ("everything", "kda"),
+        ("raw-gate-lower_bound", "gda"),
+        ("raw-gate-dt_bias-per-channel", "kda"),
+        ("no-gate", "gda"),
+        ("no-beta", "kda"),
+    ],
+)
+def test_options(option, gate):
+    assert_close(call_of(option, gate, SMALL, "float32"), "float32")
+
+
+@pytest.mark.parametrize(
+    ("shape", "gate", "dtype"),
+    [
+        (Shape(1, 140, 1, 2, 20, 40), "gda", "float32"),  # three chunks, two slices of V
+        (Shape(1, 140, 1, 2, 20, 40), "kda", "float32"),
+        (Shape(1, 50, 1, 2, 20, 28), "kda", "bfloat16"),
+        (Shape(1, 20, 1, 1, 200, 12), "gda", "float16"),
+        (Shape(1, 20, 1, 1, 100, 12), "kda", "float64"),
+    ],
+    ids=str,
+)
+def test_shapes(shape, gate, dtype):
+    assert_close(call_of("initial-state", gate, shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -20.0, -316.0, -np.inf, "mixed"])
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_any_gate(gate, log_decay):
+    """Gates of one size each have gradients of one size, and those are right however small."""
+    call = call_of(
+        "initial-state", gate, Shape(1, 40, 1, 2, 20, 28), "float32", log_decay=log_decay,
+        beta_max=2.0,
+    )  # fmt: skip
+    assert_close(call, "float32", without_tiny_numbers)
+
+
+def test_final_state_alone():
+    call = call_of("initial-state", "gda", SMALL, "float32")
+    assert_close({**call, "do": None}, "float32")
+
+
+def test_packed_lengths_on_the_device_and_sequences_alone():
+    """The bits of a sequence depend on nothing but its own numbers."""
+    from numba import cuda
+
+    call = call_of("packed-initial-state", "kda", Shape(1, 1, 1, 2, 20, 12), "float32")
+    ends = call.pop("cu_seqlens")
+    together = kernel({**call, "cu_seqlens": ends})
+    there = kernel({**call, "cu_seqlens": cuda.to_device(ends)})
+    for name, x in together.items():
+        assert x is None or np.array_equal(there[name], x), name
+    n = int(np.argmax(np.diff(ends)))
+    alone = kernel(
+        {
+            name: x[n : n + 1]
+            if name in ("initial_state", "dht")
+            else x[:, ends[n] : ends[n + 1]]
+            if isinstance(x, np.ndarray)
+            else x
+            for name, x in call.items()
+        }
+    )
+    for name in ("q", "k", "v", "g", "beta"):
+        assert np.array_equal(alone[name], together[name][:, ends[n] : ends[n + 1]]), name
+    assert np.array_equal(alone["initial_state"], together["initial_state"][n : n + 1])

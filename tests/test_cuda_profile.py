@@ -1,0 +1,125 @@
+"""Lower bounds of the time on an H100, from what the emulator counts in a few blocks.
+
+The kernels are launched at (32, 32) heads x 128 and four blocks of each are executed. What they ask
+of each unit is scaled to the grid and divided by what the unit does in a second; no latency is
+in it. ``pytest --device emu tests/test_cuda_profile.py -s`` prints the table of
+docs/performance.md.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nbdelta import ops
+
+HEADS, K, V = 32, 128, 128
+BLOCKS = 4  # of a scan or a decode step: all columns of a value head
+# prefill, measured on the first quarter of its tokens: everything is proportional to them
+T, QUARTERS = 8192, 4
+BANDWIDTH = 3.35e12  # bytes per second
+# those of the table; of the others, integer arithmetic comes near them
+UNITS = {
+    "shared memory": "shared memory",
+    "L2": "L2",
+    "HBM": "HBM",
+    "issue": "instruction issue",
+    "tensor (mma.sync)": "tensor cores",
+}
+
+
+@pytest.fixture
+def emulator(device, monkeypatch):
+    if device != "emu":
+        pytest.skip("the emulator counts: --device emu")
+    from ptxemu import host
+
+    for name, value in (("profile", True), ("check", False), ("blocks", (0, BLOCKS))):
+        monkeypatch.setitem(host._state.options, name, value)
+    results = []
+    monkeypatch.setattr(host._state, "on_launch", lambda *launch: results.append(launch))
+    return results
+
+
+def inputs(B, T, gate):
+    """Arrays on the device; what is in them does not show in the counts."""
+    from numba import cuda
+
+    def array(*shape, dtype=np.float32):
+        return cuda.device_array(shape, np.dtype(dtype))
+
+    q, k = (array(B, T, HEADS, K, dtype=ml_dtypes.bfloat16) for _ in range(2))
+    v = array(B, T, HEADS, V, dtype=ml_dtypes.bfloat16)
+    g = array(B, T, HEADS, *[K] * (gate == "kda"))
+    return {"q": q, "k": k, "v": v, "g": g, "beta": array(B, T, HEADS)}
+
+
+def profiles(emulator):
+    """Profiles of the launches so far, by the name of the kernel."""
+    return {name: result.profile for name, _, _, result in emulator}
+
+
+def assert_no_conflicts(profile):
+    shared = [(x["wavefronts"], x["ideal_wavefronts"]) for x in profile.memory.values()]
+    sectors = [(x["sectors"], x["ideal_sectors"]) for x in profile.memory.values()]
+    for counts in (shared, sectors):
+        found, ideal = map(sum, zip(*counts))
+        assert found <= 1.1 * ideal
+
+
+def bounds(profile, scale=1):
+    """Seconds of every unit, at the least."""
+    times = profile.times("h100")
+    return {unit: scale * times[unit] for unit in UNITS}
+
+
+def show(what, profile, times):
+    """Print a row of the tables, and what was counted in the blocks that ran."""
+    numbers = [f"{name} {1e3 * times[unit]:.3f}" for unit, name in UNITS.items()]
+    print(f"\n{what}: {', '.join(numbers)} ms, largest {1e3 * max(times.values()):.3f}")
+    mma = sum(count for op, count in profile.counts.items() if op.startswith("mma"))
+    waves, ideal = (
+        sum(x[key] for x in profile.memory.values()) for key in ("wavefronts", "ideal_wavefronts")
+    )
+    print(
+        f"    {BLOCKS} blocks: mma {mma}, instructions {profile.machine_instructions:.0f}, "
+        f"wavefronts {waves} ({ideal}), sectors {profile.sectors()}"
+    )
+
+
+@pytest.mark.parametrize(("gate", "bound"), [("gda", 0.25e-3), ("kda", 0.40e-3)])
+def test_prefill(emulator, gate, bound):
+    ops.chunk_gated_delta_rule(**inputs(1, T // QUARTERS, gate), use_qk_l2norm_in_kernel=True)
+    found = profiles(emulator)
+    assert list(found) == ["chunk_intra_kernel", "chunk_scan_kernel"]
+    total = 0.0
+    for name, profile in found.items():
+        assert_no_conflicts(profile)
+        times = bounds(profile, QUARTERS)
+        show(f"{gate} {name}", profile, times)
+        total += max(times.values())
+    assert 0.25 * bound < total <= bound
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_decode(emulator, gate, state):
+    from numba import cuda
+
+    B = 64
+    states = cuda.device_array((B, HEADS, K, V), np.dtype(getattr(ml_dtypes, state, state)))
+    slots = cuda.to_device(np.arange(B, dtype=np.int32))
+    ops.fused_recurrent_gated_delta_rule(
+        **inputs(B, 1, gate),
+        initial_state=states,
+        state_indices=slots,
+        use_qk_l2norm_in_kernel=True,
+    )
+    (profile,) = profiles(emulator).values()
+    assert_no_conflicts(profile)
+    times = bounds(profile)
+    # states are read and written, and the blocks of a head each read its q, k and g
+    times["HBM"] = 32 * profile.sectors() * B * HEADS / BANDWIDTH
+    show(f"decode {gate} {state}", profile, times)
+    ideal = 2 * B * HEADS * K * V * states.dtype.itemsize / BANDWIDTH
+    print(f"    the states alone {1e3 * ideal:.3f} ms")
+    assert max(times.values()) <= 1.1 * ideal

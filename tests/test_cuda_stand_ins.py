@@ -1,0 +1,64 @@
+"""The tests that have a device, on what stands in for a GPU: an emulator of its code, a simulator.
+
+Both have to be there before numba is imported, so they are run by a pytest of their own.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import devices
+import pytest
+
+FOLDER = Path(__file__).parent
+# file: which of its tests
+EMULATED = {
+    "test_cuda_arrays.py": "",
+    "test_cuda_backward.py": "final_state_alone or packed_lengths or any_gate",
+    "test_cuda_blocks.py": "",
+    "test_cuda_chunk.py": "",
+    "test_cuda_host.py": "",
+    "test_cuda_profile.py": "",
+    "test_cuda_recurrent.py": "",
+    "test_fused_recurrent.py": "",
+    "test_chunk_gated_delta_rule.py": "options or dtypes or layouts or interval",
+    "test_gated_delta_rule.py": "agree or single_tokens",
+    # the same bits for the past whatever comes, alone and in a batch; strong gates and resets
+    "test_numerics.py": "earlier_outputs or alone_and or split or infinity or any_gate",
+    "test_fused_gate.py": "naive or tails or layouts",
+    "test_chunk_local_cumsum.py": "lengths or axis or layouts or packed",
+    "test_solve.py": "dtypes or packed or layouts or bad_numbers",
+}
+# a Python thread for every thread of a GPU: what is small, of every kernel
+SIMULATED = {
+    "test_cuda_chunk.py": "test_errors and T16",
+    "test_fused_recurrent.py": "test_final_state_in_place",
+    "test_fused_gate.py": "test_dtypes",
+    "test_chunk_local_cumsum.py": "test_any_axis",
+    "test_solve.py": "packed or triangular_dtypes",
+}
+
+
+def run_on(device, file, tests):
+    reason = devices.rejection_reason(device)
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["--device", device, file, "-k", tests]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    # (a run that skipped everything proves nothing)
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("file", EMULATED)
+def test_emulator(file):
+    """The PTX of the kernels, with memory and race checks."""
+    run_on("emu", file, EMULATED[file])
+
+
+@pytest.mark.parametrize("file", SIMULATED)
+def test_simulator(file):
+    """The Python of the kernels."""
+    run_on("sim", file, SIMULATED[file])

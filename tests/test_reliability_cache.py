@@ -1,0 +1,131 @@
+"""Where compiled kernels are kept, and what may befall it: every case in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from processes import DECODE, finish, run, start
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    # Numba then goes on to the package folder
+    assert "works" in run(DECODE, cache=blocked / "cache")
+
+
+def test_no_folder_at_all():
+    nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+    out, errors = finish(start(nowhere + DECODE))
+    assert "works" in out
+    assert "the cache cannot be used" in errors
+
+
+@pytest.fixture
+def stranger():
+    """A command that goes on as an account without a home, which can read all and write nothing."""
+    right = ("--inh-caps", "--ambient-caps", "--bounding-set")
+    rights = [f"{kind}=-all,+dac_read_search" for kind in right]
+    command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *rights]
+    probe = [*command, sys.executable, "-c", "import nbdelta"]
+    if shutil.which("setpriv") is None or subprocess.run(probe, cwd="/").returncode:
+        pytest.skip("only root can become another account, and only where Linux's setpriv is")
+    return command
+
+
+def test_an_account_without_a_home(stranger):
+    """Neither the package folder nor a home can be written to."""
+    nowhere = {"HOME": None, "XDG_CACHE_HOME": None, "NUMBA_CACHE_DIR": None}
+    out, errors = finish(start(DECODE, env=nowhere, before=stranger, cwd="/"))
+    assert "works" in out
+    assert errors.count("the cache cannot be used") == 1
+
+
+def test_a_read_only_cache_folder(tmp_path, stranger):
+    run(DECODE, cache=tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")}
+    assert len(files) >= 2
+    out, errors = finish(start(DECODE, cache=tmp_path, before=stranger, cwd="/"))
+    assert "works" in out
+    assert errors.count("the cache cannot be used") <= 1
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")}
+
+
+def test_a_cache_that_is_deleted_while_in_use(tmp_path):
+    code = (
+        DECODE
+        + f"""
+import shutil
+shutil.rmtree({str(tmp_path)!r})
+"""
+        + DECODE
+        + """
+o, _ = nbdelta.chunk_gated_delta_rule(q, q, q, -q[..., 0], q[..., 0])
+assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5
+"""
+    )
+    assert run(code, cache=tmp_path / "cache").count("works") == 2
+
+
+def test_a_full_disk(tmp_path):
+    """A file system of 64 KB, which a process of its own mounts for itself alone."""
+    mount = f"mount -t tmpfs -o size=64k tmpfs '{tmp_path}'"
+    full = f"dd if=/dev/zero of='{tmp_path}/filler' bs=1k count=56 status=none"
+    private = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    if shutil.which("unshare") is None or subprocess.run([*private, mount]).returncode:
+        pytest.skip("no small file system can be mounted here, or not by this account")
+    command = [*private, f'{mount}; {full}; "$@"', "sh"]
+    out, errors = finish(start(DECODE, cache=tmp_path / "cache", before=command))
+    assert "works" in out
+    assert errors.count("the cache cannot be used") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+def test_files_that_cannot_grow(tmp_path):
+    """No file may grow beyond 8 KB, and the next process finds what was left behind."""
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+"""
+    out, errors = finish(start(limit + DECODE, cache=tmp_path))
+    assert "works" in out
+    assert errors.count("the cache cannot be used") == 1
+    assert "works" in run(DECODE, cache=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "flipped"])
+def test_damaged_cache_files(tmp_path, damage):
+    run(DECODE, cache=tmp_path)
+    files = [p for p in tmp_path.rglob("*") if p.suffix in (".nbi", ".nbc")]
+    assert len(files) >= 2
+    for path in files:
+        data = bytearray(path.read_bytes())
+        if damage == "cut":
+            data = data[: len(data) // 2]
+        elif damage == "noise":
+            data = os.urandom(len(data))
+        elif path.suffix == ".nbc":
+            middle = len(data) // 2
+            data[middle : middle + 64] = bytes(255 - x for x in data[middle : middle + 64])
+        path.write_bytes(data)
+    assert "works" in run(DECODE, cache=tmp_path)
+    # and it was repaired
+    out, errors = finish(start(DECODE, cache=tmp_path))
+    assert "works" in out
+    assert not errors
+
+
+def test_four_cold_processes_on_one_cache(tmp_path):
+    processes = [start(DECODE, cache=tmp_path) for _ in range(4)]
+    assert all("works" in finish(p)[0] for p in processes)
+    assert "works" in run(DECODE, cache=tmp_path)
+
+
+def test_a_cache_of_a_machine_with_other_features(tmp_path):
+    run(DECODE, cache=tmp_path, env={"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""})
+    before = len(list(tmp_path.rglob("*.nbc")))
+    assert "works" in run(DECODE, cache=tmp_path)
+    assert len(list(tmp_path.rglob("*.nbc"))) > before
