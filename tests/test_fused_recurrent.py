@@ -313,3 +313,15 @@ def test_inputs_are_not_changed():
     nbdelta.fused_recurrent_gated_delta_rule(**call)
     for name, x in before.items():
         assert_same_bits(call[name], x, name)
+
+
+def test_work_in_several_batches_has_the_same_bits(monkeypatch):
+    """A long call comes back to Python between batches of heads: what they hold changes nothing."""
+    from nbdelta.cpu import recurrent
+
+    call = make_inputs(0, 3, 40, 2, 6, 24, 20, "kda", states=3)
+    whole = nbdelta.fused_recurrent_kda(**call, output_final_state=True)
+    monkeypatch.setattr(recurrent, "BATCH_BYTES", 1)
+    parts = nbdelta.fused_recurrent_kda(**call, output_final_state=True)
+    for x, y in zip(whole, parts, strict=True):
+        assert_same_bits(x, y)

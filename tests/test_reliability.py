@@ -211,23 +211,24 @@ def test_five_thousand_short_sequences():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way")
-def test_ctrl_c_during_a_long_call():
+@pytest.mark.parametrize(("rule", "T"), [("chunk_kda", 200_000), ("fused_recurrent_kda", 200_000)])
+def test_ctrl_c_during_a_long_call(rule, T):
     """The call ends within a second of the signal, and the next one works."""
     process = start(
-        """
+        f"""
         import sys, time
         import numpy as np, nbdelta
-        x = np.broadcast_to(np.full((1, 1, 1, 128), 0.05, np.float32), (1, 400_000, 64, 128))
+        x = np.broadcast_to(np.full((1, 1, 1, 128), 0.05, np.float32), (1, {T}, 64, 128))
         small, g = x[:, :64, :1], np.broadcast_to(-x[:, :1, :1], x.shape)
-        nbdelta.chunk_kda(small, small, small, -small, None)
-        v, out = x[..., :16], np.zeros((1, 400_000, 64, 16), np.float32)
+        nbdelta.{rule}(small, small, small, -small, None)
+        v, out = x[..., :16], np.zeros((1, {T}, 64, 16), np.float32)
         out += 1  # its pages are there before the clock starts
         print("begun", flush=True)
         try:
-            nbdelta.chunk_kda(x, x, v, g, None, out=out)
+            nbdelta.{rule}(x, x, v, g, None, out=out)
         except KeyboardInterrupt:
             print("interrupted", time.monotonic(), flush=True)
-        assert np.isfinite(nbdelta.chunk_kda(small, small, small, -small, None)[0]).all()
+        assert np.isfinite(nbdelta.{rule}(small, small, small, -small, None)[0]).all()
         """
     )
     assert process.stdout.readline() == "begun\n"

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and what may befall it: every case in a process of its own."""
+"""What may happen to the compiled kernels on the disk: every case in a process of its own."""
 
 import os
 import shutil

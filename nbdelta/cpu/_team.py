@@ -29,8 +29,8 @@ OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
 # loop
 FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 5000, 100e-6
 
-# work of a thread between two looks at what Python has to say: about 0.2 s
-BATCH_FLOPS = 10**10
+# work of a thread between two looks at what Python has to say: 0.1 to 0.2 s
+BATCH_FLOPS = 4 * 10**9
 
 _local = threading.local()
 _lock = threading.Lock()

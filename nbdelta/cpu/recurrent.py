@@ -27,6 +27,7 @@ from nbdelta.cpu._call import (
     CU_SEQLENS,
     DT_BIAS,
     EPS,
+    FIRST,
     H0,
     HT,
     HV,
@@ -83,6 +84,8 @@ PADDED = -1
 SERIAL_BYTES = 1 << 18
 # and those that take one thread about as long as it takes another one to wake up
 BRIEF_BYTES = 1 << 22
+# of a thread between two looks at what Python has to say: about 0.2 s
+BATCH_BYTES = 1 << 31
 
 
 def layout(base, SIZE, KP, VP):
@@ -215,6 +218,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
             item = next_item(desc, worker)
             if item < 0:
                 break
+            item += desc[FIRST]
             j, hk, seq = item % r, item // r % desc[H], item // desc[HV]
             hv = value_head(desc, hk, j)
             b, bos, eos = sequence(desc, seq)
@@ -340,7 +344,14 @@ def start(job, desc):
     """Run a job with a descriptor that is complete."""
     threads = thread_count() if job.size >= SERIAL_BYTES else 1
     brief = job.size < BRIEF_BYTES
-    run(job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0])
+    if job.size <= BATCH_BYTES:
+        run(job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0])
+        return
+    together = threads * max(1, BATCH_BYTES * job.items // job.size)
+    for first in range(0, job.items, together):
+        batch, items = desc[:], min(together, job.items - first)
+        batch[FIRST] = first
+        run(job.kernel, batch, items, job.scratch, threads, False, batch.buffer_info()[0])
 
 
 def fused_recurrent_gated_delta_rule(problem, max_length=None):

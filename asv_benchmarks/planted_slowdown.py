@@ -1,0 +1,70 @@
+"""Shows that the history notices a slowdown of 20 % and nothing where nothing changed.
+
+In a clone in a temporary folder, measures HEAD, a commit without changes, and one whose prefill
+takes a fifth longer, and prints what ``asv compare`` makes of them. Needs the packages of
+``nbdelta[bench]``, and some minutes in which the machine has nothing else to do.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BENCHMARKS = r"Prefill\.track_over_floor\('cpu.*(512|2k)"
+HOST = Path("nbdelta/cpu/chunk.py")
+PLANTED = """
+_right = chunk_gated_delta_rule
+
+
+def chunk_gated_delta_rule(problem, min_length=0):
+    from time import perf_counter
+
+    begin = perf_counter()
+    _right(problem, min_length)
+    end = perf_counter()
+    while perf_counter() < end + 0.2 * (end - begin):
+        pass
+"""
+
+
+def main():
+    """Measure and compare."""
+    repository = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "-q", repository, clone], check=True)
+        commits = [_commit(clone, "as it is"), _commit(clone, "the same again")]
+        with (clone / HOST).open("a") as file:
+            file.write(PLANTED)
+        commits.append(_commit(clone, "a fifth slower"))
+        _asv(clone, "machine", "--machine", "here", "--yes")
+        for commit in commits:
+            _git(clone, "checkout", "-q", commit)
+            options = "--python=same", "--set-commit-hash", commit, "--machine", "here"
+            _asv(clone, "run", *options, "--bench", BENCHMARKS)
+        for commit, what in zip(commits[1:], ("nothing changed", "a fifth slower"), strict=True):
+            print(f"\n{what}:", flush=True)
+            _asv(clone, "compare", "--machine", "here", commits[0], commit)
+
+
+def _asv(clone, *arguments):
+    environment = {**os.environ, "ASV_PYTHONPATH": str(clone)}
+    command = [sys.executable, "-m", "asv", *arguments]
+    subprocess.run(command, cwd=clone / "asv_benchmarks", env=environment, check=True)
+
+
+def _git(clone, *arguments):
+    command = ["git", "-C", clone, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _commit(clone, message):
+    """Commit what has changed, or nothing, and return the hash."""
+    author = "-c", "user.name=asv", "-c", "user.email=asv@localhost"
+    _git(clone, *author, "commit", "-q", "--all", "--allow-empty", "-m", message)
+    return _git(clone, "rev-parse", "HEAD")
+
+
+if __name__ == "__main__":
+    main()
