@@ -13,9 +13,9 @@ from numba import prange
 from nbdelta.console import need
 from nbdelta.cpu._jit import parallel
 
-# Seconds of a turn, more where one call takes longer, and between two turns, when the threads of
-# the call before go to sleep.
-TURN, PAUSE = 0.02, 0.005
+# Seconds of a turn, more where one call takes longer, and between two turns: the threads of
+# OpenBLAS and OpenMP wait for more work up to 30 ms, and keep a core busy with it.
+TURN, PAUSE = 0.1, 0.03
 ROUNDS = 3
 # rows of the matrices, and numbers in the array, that the limits are measured with
 SIDE, STREAM = 2048, 2**26

@@ -15,8 +15,9 @@ import nbdelta
 from nbdelta import naive
 
 DEVICES = ["cpu", "cpu-1-thread", "cuda"]
-# seconds that one number takes, and that a call or its floor goes on before it is the other's turn
-SECONDS, TURN = 1.5, 0.02
+# Seconds that one number takes, of a turn of a call or its floor, and between two turns: the
+# threads of OpenBLAS and OpenMP wait for more work up to 30 ms, and keep a core busy with it.
+SECONDS, TURN, PAUSE = 2.0, 0.1, 0.03
 SIDE = 1024
 
 
@@ -150,6 +151,7 @@ def _race(device, *calls):
     best, end = [min(timed(call), timed(call)) for call in calls], time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         for i, call in enumerate(calls):
+            time.sleep(PAUSE)
             turn = time.perf_counter() + TURN
             while time.perf_counter() < turn:
                 best[i] = min(best[i], timed(call))
