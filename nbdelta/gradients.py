@@ -1,10 +1,7 @@
 """One validated call of the backward pass: the forward call, gradients in and out."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 from nbdelta.arrays import View, empty, view
 from nbdelta.checks import expect_float, expect_shape
@@ -40,20 +37,12 @@ class Gradients:
         return tuple([None if x is None else x.owner for x in found])
 
 
-@lru_cache
-def _backward_stage(device: str) -> Any:
-    room = device.partition(":")[0]
-    if importlib.util.find_spec(f"nbdelta.{room}.chunk_backward") is None:
-        raise RuntimeError(f"q: is on {device}: gradients are computed on the CPU alone so far")
-    return stage("chunk_backward", device)
-
-
 def most_states(device: str, B: int, T: int) -> int:
     """Return how many states the forward pass keeps for the backward pass, at the most.
 
     Packed sequences have as many as they have whole chunks.
     """
-    return B * (T // int(_backward_stage(device).CHUNK))
+    return B * (T // int(stage("chunk_backward", device).CHUNK))
 
 
 def keep_states(problem: Problem, states: View | None = None) -> View:
@@ -73,7 +62,7 @@ def keep_states(problem: Problem, states: View | None = None) -> View:
         The states.
     """
     p = problem
-    chunk = p.checkpoint_interval = int(_backward_stage(p.device).CHUNK)
+    chunk = p.checkpoint_interval = int(stage("chunk_backward", p.device).CHUNK)
     if states is None:
         n = most_states(p.device, p.B, p.T)
         if p.lengths is not None:
@@ -87,7 +76,7 @@ def keep_states(problem: Problem, states: View | None = None) -> View:
 def fill_gradients(gradients: Gradients) -> None:
     """Compute the gradients of a call whose problem has the states that were kept."""
     device = gradients.problem.device
-    _backward_stage(device).chunk_gated_delta_rule_bwd(gradients)
+    stage("chunk_backward", device).chunk_gated_delta_rule_bwd(gradients)
 
 
 def prepare_gradients(
