@@ -1,4 +1,4 @@
-"""Products of bfloat16 pairs, of machines that have an instruction for them; emulated elsewhere."""
+"""Products of bfloat16 by dot products of pairs and by the matrix unit; emulated elsewhere."""
 
 import ml_dtypes
 import numpy as np
@@ -6,10 +6,20 @@ import pytest
 
 import nbdelta
 from nbdelta import naive
-from nbdelta.cpu import chunk
+from nbdelta.cpu import _matrix_unit, chunk
+from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.testing import make_inputs, rel_l2
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def _use(monkeypatch, unit):
+    if unit == SQUARES and _matrix_unit.HAS_TILES and _matrix_unit.unit_of_halves() != SQUARES:
+        pytest.skip("the system does not give its matrix unit to this process")
+    monkeypatch.setattr(chunk, "unit_of_halves", lambda: unit)
+
+
+units = pytest.mark.parametrize("unit", [DOTS, SQUARES], ids=["dots", "squares"])
 
 
 def _inputs(gate, H, HV, K, V, T, decay, l2norm):
@@ -34,6 +44,7 @@ def _errors(results, x):
     return rel_l2(results[0], expected[0], 2), rel_l2(results[1], expected[1], 1)
 
 
+@units
 @pytest.mark.parametrize("gate", ["gda", "kda"])
 @pytest.mark.parametrize("l2norm", [True, False])
 @pytest.mark.parametrize("decay", [0.02, 1.0, 100.0])
@@ -41,13 +52,13 @@ def _errors(results, x):
     ("H", "HV", "K", "V", "T"), [(1, 2, 128, 128, 77), (2, 2, 100, 60, 129), (1, 3, 64, 32, 16)]
 )
 def test_error_is_of_the_size_of_the_rounded_output(
-    monkeypatch, gate, l2norm, decay, H, HV, K, V, T
+    monkeypatch, unit, gate, l2norm, decay, H, HV, K, V, T
 ):
     """Within twice the error of float32 products of the same inputs, rounded to bfloat16."""
     x = _inputs(gate, H, HV, K, V, T, decay, l2norm)
-    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", False)
+    _use(monkeypatch, FLOATS)
     error, state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
-    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    _use(monkeypatch, unit)
     paired_error, paired_state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
     assert state_error < 2e-6
     assert paired_error < 2 * error
@@ -57,20 +68,22 @@ def test_error_is_of_the_size_of_the_rounded_output(
         assert paired_state_error > 1e-4
 
 
-def test_highest_precision_has_no_rounded_products(monkeypatch):
+@units
+def test_highest_precision_has_no_rounded_products(monkeypatch, unit):
     x = _inputs("gda", 1, 2, 64, 64, 50, 1.0, True)
-    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", False)
+    _use(monkeypatch, FLOATS)
     o, state = nbdelta.chunk_gated_delta_rule(**x)
-    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    _use(monkeypatch, unit)
     o_highest, state_highest = nbdelta.chunk_gated_delta_rule(**x, precision="highest")
     assert np.array_equal(o.view(np.uint16), o_highest.view(np.uint16))
     assert np.array_equal(state, state_highest)
 
 
+@units
 @pytest.mark.parametrize("gate", ["gda", "kda"])
-def test_bitwise_promises(monkeypatch, gate):
+def test_bitwise_promises(monkeypatch, unit, gate):
     """Later tokens, a split at 64 and a NaN of a later token change nothing before them."""
-    monkeypatch.setattr(chunk, "DOTS_BFLOAT16", True)
+    _use(monkeypatch, unit)
     x = _inputs(gate, 1, 2, 64, 48, 150, 1.0, True)
     o, state = nbdelta.chunk_gated_delta_rule(**x)
 
@@ -87,3 +100,38 @@ def test_bitwise_promises(monkeypatch, gate):
     assert np.array_equal(o_nan[:, :101].view(np.uint16), o[:, :101].view(np.uint16))
     assert np.array_equal(o_nan[:, :, 1].view(np.uint16), o[:, :, 1].view(np.uint16))
     assert np.isnan(o_nan[0, 101, 0].astype(np.float32)).all()
+
+
+@units
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_states_at_checkpoints_are_those_of_a_shorter_sequence(monkeypatch, unit, gate):
+    """An update that waits for the next block is made before its state is looked at."""
+    _use(monkeypatch, unit)
+    x = _inputs(gate, 1, 3, 48, 40, 110, 1.0, True)
+    o, state, kept = nbdelta.chunk_gated_delta_rule(**x, checkpoint_interval=32)
+    o_plain, state_plain = nbdelta.chunk_gated_delta_rule(**x)
+    assert np.array_equal(o.view(np.uint16), o_plain.view(np.uint16))
+    assert np.array_equal(state, state_plain)
+    for i in range(3):
+        y = {
+            n: v[:, : 32 * (i + 1)] if n in ("q", "k", "v", "g", "beta") else v
+            for n, v in x.items()
+        }
+        assert np.array_equal(nbdelta.chunk_gated_delta_rule(**y)[1][0], kept[i])
+
+
+@units
+@pytest.mark.parametrize("threads", [1, 2])
+def test_heads_and_strips_of_few_heads(monkeypatch, unit, threads):
+    """Strips that go their own way and grouped heads have the bits of one thread."""
+    _use(monkeypatch, unit)
+    x = _inputs("gda", 1, 2, 64, 96, 70, 1.0, True)
+    monkeypatch.setattr(chunk, "thread_count", lambda: threads)
+    o, state = nbdelta.chunk_gated_delta_rule(**x)
+    monkeypatch.setattr(chunk, "thread_count", lambda: 1)
+    o_one, state_one = nbdelta.chunk_gated_delta_rule(**x)
+    assert np.array_equal(o.view(np.uint16), o_one.view(np.uint16))
+    assert np.array_equal(state, state_one)
+    errors = _errors((o, state), x)
+    assert errors[0] < 5e-3
+    assert errors[1] < 5e-3

@@ -16,7 +16,7 @@ call = make_inputs(0, 1, 40, 1, 2, 32, 32, "gda", dtype="bfloat16")
 exact = {name: x.astype(np.float64) for name, x in call.items() if isinstance(x, np.ndarray)}
 expected, _ = naive.gated_delta_rule(**exact)
 for dots in sys.argv[1:]:
-    chunk.DOTS_BFLOAT16 = dots == "dots"
+    chunk.unit_of_halves = lambda: int(dots == "dots")
     o, _ = nbdelta.chunk_gated_delta_rule(**call)
     assert rel_l2(o, expected) <= 5e-3, (dots, rel_l2(o, expected))
 """

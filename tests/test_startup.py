@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nbdelta.cpu import _simd
+from nbdelta.cpu import chunk
 
 # counts what Numba makes machine code of; helpers are only lowered, and Numba has functions of its
 # own, so that the names tell
@@ -83,7 +83,7 @@ def test_one_compilation_for_all_layouts_and_dtypes(tmp_path, rule, gate, T):
     kernels = {name: n for name, n in names.items() if name.endswith("_kernel")}
     stage = "chunk" if rule.startswith("chunk") else "recurrent"
     # products of bfloat16 pairs are a kernel of their own
-    expected = 2 if stage == "chunk" and _simd.DOTS_BFLOAT16 else 1
+    expected = 2 if stage == "chunk" and chunk.multiplies_halves("bfloat16") else 1
     assert kernels == {f"{stage}_kernel": expected}
 
 

@@ -16,6 +16,13 @@ from nbdelta.cpu._call import (
     real,
 )
 from nbdelta.cpu._jit import njit
+from nbdelta.cpu._matrix_unit import (
+    DOTS,
+    FLOATS,
+    SQUARES,
+    multiply_two,
+    transpose_square,
+)
 from nbdelta.cpu._memory import (
     fill_row,
     get,
@@ -51,8 +58,8 @@ from nbdelta.cpu._tiles import (
     multiply_row,
     pack_columns,
     pair_rows,
-    pair_tokens,
     query_panels,
+    round_rows,
     sigmoid_row,
     suffix_rows,
 )
@@ -141,7 +148,9 @@ def _pairs(REAL, KP, n, m, scale):
 
 
 @cache
-def head_gates(PAIRS):
+def head_gates(unit):
+    PAIRS = unit != FLOATS
+
     @njit()
     def head_gates(REAL, desc, m, b, t, n, hv):
         """Gates and triangles of a value head with one gate per token."""
@@ -163,7 +172,10 @@ def head_gates(PAIRS):
 
 
 @cache
-def channel_gates(PAIRS):
+def channel_gates(unit):
+    key_tile, query_tile = key_panels(unit == SQUARES), query_panels(unit == SQUARES)
+    suffix_tile, PAIRS, SQUARED = suffix_rows(False), unit == DOTS, unit == SQUARES
+
     @njit()
     def channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
         """Panels of a value head with one gate per token and channel."""
@@ -182,16 +194,20 @@ def channel_gates(PAIRS):
         for i in range(0, row, size):
             save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
         fill_row(REAL, scale, m.gates + QUERY_GATE * row)
+        keys, queries, out_step, out_size = m.keys, m.queries, 0, row
+        if SQUARED:
+            keys, queries, out_step, out_size = m.key_words, m.query_words, 2 * KP, 2
         for c in range(0, KP, W):
-            i, tile = c * size, c * row
-            key_panels(
+            i, out = c * size, c * out_size
+            key_tile(
                 REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
-                m.keys + tile, m.decay + i,
+                keys + out, out_step, m.decay + i,
             )  # fmt: skip
-            query_panels(
-                REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, m.queries + tile
+            query_tile(
+                REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, queries + out, out_step
             )
-            suffix_rows(REAL, m.x + i, m.z + i, step, m.updates + tile)
+            if not SQUARED:  # theirs are made in `_keep_update`
+                suffix_tile(REAL, m.x + i, m.z + i, step, m.updates + c * row)
         _pairs(REAL, KP, whole_tiles(REAL, n), m, scale)
         if PAIRS:
             pair_rows(REAL, m.keys, KP, m.key_words)
@@ -201,12 +217,33 @@ def channel_gates(PAIRS):
 
 
 @cache
-def key_head(PAIRS):
+def key_head(unit):
+    """Make what the value heads of a key head share when the gate is one per token."""
+    return _key_head_of_squares if unit == SQUARES else _key_head_of_panels(unit == DOTS)
+
+
+@njit()
+def _key_head_of_squares(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+    KP = padded(REAL, desc[K])
+    # rows of bfloat16 are never used where they lie: they are staged one behind the other
+    round_rows(REAL, k_rows, KP, m.key_words)
+    round_rows(REAL, q_rows, KP, m.query_words)
+    fill_row(REAL, REAL(1), m.ones)
+    for c in range(0, KP, W):
+        i, tile = c * itemsize(REAL), c * W * itemsize(REAL)
+        pack_columns(REAL, k_rows + i, k_step, m.ones, m.keys + tile)
+    pair_rows(REAL, m.keys, KP, m.column_words)
+    multiply_two(REAL, m.key_words, m.query_words, 2 * KP, m.column_words, KP, m.kk, m.qk)
+    transpose_square(REAL, m.qk)
+    apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
+
+
+@cache
+def _key_head_of_panels(PAIRS):
     product = gram(PAIRS)
 
     @njit()
     def key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
-        """What the value heads of a key head share when the gate is one per token."""
         size, KP = itemsize(REAL), padded(REAL, desc[K])
         k_norm, q_norm, keys, queries = m.k_norm, m.q_norm, m.keys, m.queries
         if PAIRS:
@@ -221,7 +258,7 @@ def key_head(PAIRS):
         if PAIRS:
             pair_rows(REAL, m.keys, KP, keys)
             pair_rows(REAL, m.queries, KP, queries)
-            pair_tokens(REAL, m.keys, KP, m.update_words)
+            round_rows(REAL, m.keys, KP, m.update_words)
         for first in range(0, W, rows_of_tile(REAL)):
             product(REAL, keys, keys, first, KP, m.kk)
             product(REAL, keys, queries, first, KP, m.qk)

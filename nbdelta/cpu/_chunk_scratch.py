@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from nbdelta.cpu._jit import njit
+from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.cpu._simd import W
 
 
@@ -11,9 +12,13 @@ class Scratch(NamedTuple):
 
     keys: int  # panels k and q; KDA: k e^G and q e^G
     queries: int
-    key_words: int  # the panels of the three products as words
+    key_words: int  # what the state and U are multiplied with as words: panels, for squares rows
     query_words: int
     update_words: int
+    column_words: int  # squares: the panel of k, and the strip at work, as words
+    state_words: int
+    products: int  # squares: K S and Q S of every strip
+    changes: int  # squares: what a block adds to a strip
     updates: int  # KDA: k e^(G_last - G) as rows
     x: int  # KDA: k, q and e^g token by token
     y: int
@@ -38,23 +43,36 @@ class Scratch(NamedTuple):
     end: int
 
 
-def strip_rows(KP, pairs):
-    """Rows of a strip: the state, U, e^(G_last - G) U, and the state and the last U as words."""
+def strip_rows(KP, unit):
+    """Rows of a strip: the state, U, e^(G_last - G) U, and words: U's, for dots the state's too."""
     rows = KP + 2 * W
-    return rows + (KP + W) // 2 if pairs else rows
+    if unit == DOTS:
+        rows += (KP + W) // 2
+    elif unit == SQUARES:
+        rows += W
+    return rows
 
 
-def layout(start, size, KP, VP, rows, pairs):
-    """Carve a worker's memory: padded head sizes, `rows` rows of strips, `size` bytes a number.
+def waiting_rows(KP, unit):
+    """Rows behind a head's strips: what a squares' update needs, which waits for the next block."""
+    return KP + KP // W if unit == SQUARES else 0
+
+
+def layout(start, size, KP, VP, rows, unit):
+    """Carve a worker's memory: padded head sizes, `rows` rows of heads, `size` bytes a number.
 
     Compiled into the kernel, and called as it is by the host, which wants to know the end.
     """
     row = W * size
     tokens, values, channels, square = KP * row, VP * row, KP * size, W * row
+    half = tokens // 2 if unit != FLOATS else 0
+    squared = 1 if unit == SQUARES else 0
     keys = start + rows * row
     key_words = keys + 2 * tokens
-    half = tokens // 2 if pairs else 0
-    updates = key_words + 3 * half
+    column_words = key_words + 3 * half
+    products = column_words + squared * tokens
+    changes = products + squared * 2 * values
+    updates = changes + squared * tokens
     x = updates + tokens
     a = x + 3 * tokens
     k = a + 4 * square
@@ -63,12 +81,14 @@ def layout(start, size, KP, VP, rows, pairs):
     gates = decay + 2 * channels
     beta = gates + 6 * row
     return Scratch(
-        keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, updates, x,
-        x + tokens, x + 2 * tokens, a, a + square, a + 2 * square, a + 3 * square, k, k + tokens,
-        k + 2 * tokens, v, v + values, decay, decay + channels, gates, gates + 5 * row, beta,
-        beta + row, beta + 2 * row, beta + 3 * row, beta + 4 * row,
+        keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, column_words,
+        column_words + half, products, changes, updates, x, x + tokens, x + 2 * tokens, a,
+        a + square, a + 2 * square, a + 3 * square, k, k + tokens, k + 2 * tokens, v, v + values,
+        decay, decay + channels, gates, gates + 5 * row, beta, beta + row, beta + 2 * row,
+        beta + 3 * row, beta + 4 * row,
     )  # fmt: skip
 
 
 # the same, for kernels
 strip_rows_of, layout_of = njit()(strip_rows), njit()(layout)
+waiting_rows_of = njit()(waiting_rows)

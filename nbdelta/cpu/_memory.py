@@ -31,14 +31,44 @@ def put(e, code, address, value):
 
 
 @tile
-def _get_16(e, code, source, target):
-    e.choose(code, lambda i: e.store(e.load_as(DTYPES[i], source, W), target), len(DTYPES))
+def _get_rows(e, code, source, source_step, target, target_step, n, width):
+    """Bring n >= 1 rows of `width` numbers, a multiple of 16 that lie one behind the other."""
+
+    def convert(i):
+        def row(_, rows):
+            source, target = rows
+
+            def body(x, carried):
+                e.store(e.load_as(DTYPES[i], source + x * SIZES[i], W), target + x * e.size)
+                return carried
+
+            e.loop(width, [], body, W)
+            return [source + source_step, target + target_step]
+
+        e.loop(n, [source, target], row)
+
+    e.choose(code, convert, len(DTYPES))
 
 
 @tile
-def _put_16(e, code, source, target):
-    row = e.load(source)
-    e.choose(code, lambda i: e.store_as(DTYPES[i], row, target, W), len(DTYPES))
+def _put_rows(e, code, source, source_step, target, target_step, n, width):
+    """Round n >= 1 rows of `width` numbers, a multiple of 16, and write them."""
+
+    def convert(i):
+        def row(_, rows):
+            source, target = rows
+
+            def body(x, carried):
+                row = e.load(source + x * e.size)
+                e.store_as(DTYPES[i], row, target + x * SIZES[i], W)
+                return carried
+
+            e.loop(width, [], body, W)
+            return [source + source_step, target + target_step]
+
+        e.loop(n, [source, target], row)
+
+    e.choose(code, convert, len(DTYPES))
 
 
 @tile
@@ -108,10 +138,9 @@ def load_row(REAL, code, source, step, n, target):
     """Bring n numbers of a dtype, `step` bytes apart, into a row padded with zeros."""
     SIZE = itemsize(REAL)
     done = 0
-    if step == element_size(REAL, code):
-        while done + W <= n:
-            _get_16(REAL, code, source + done * step, target + done * SIZE)
-            done += W
+    if step == element_size(REAL, code) and n >= W:
+        done = n // W * W
+        _get_rows(REAL, code, source, 0, target, 0, 1, done)
     elif code == own_code(REAL):
         while done + W <= n:
             _gather_16(REAL, source + done * step, step, target + done * SIZE)
@@ -127,12 +156,21 @@ def store_row(REAL, code, source, n, target, step):
     """Write a row's n numbers as dtype `code`, `step` bytes apart."""
     SIZE = itemsize(REAL)
     done = 0
-    if step == element_size(REAL, code):
-        while done + W <= n:
-            _put_16(REAL, code, source + done * SIZE, target + done * step)
-            done += W
+    if step == element_size(REAL, code) and n >= W:
+        done = n // W * W
+        _put_rows(REAL, code, source, 0, target, 0, 1, done)
     for i in range(done, n):
         put(REAL, code, target + i * step, load(REAL, source + i * SIZE))
+
+
+@njit()
+def store_tokens(REAL, code, source, source_step, n, width, target, token_step, step):
+    """Write n >= 1 token rows of `width` numbers as dtype `code`."""
+    if width % W == 0 and step == element_size(REAL, code):
+        _put_rows(REAL, code, source, source_step, target, token_step, n, width)
+    else:
+        for t in range(n):
+            store_row(REAL, code, source + t * source_step, width, target + t * token_step, step)
 
 
 @tile
@@ -151,15 +189,17 @@ def load_tokens(REAL, code, source, token_step, step, n, width, target):
     """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
     SIZE = itemsize(REAL)
     row = (width + W - 1) // W * W * SIZE
-    if n == W and width % W == 0 and token_step == element_size(REAL, code) and step != token_step:
+    if width % W == 0 and step == element_size(REAL, code):
+        _get_rows(REAL, code, source, token_step, target, row, n, width)
+    elif n == W and width % W == 0 and token_step == element_size(REAL, code):
         # tokens lie side by side, as after the short convolution of a model: 16 x 16 at a time
         for c in range(0, width, W):
-            for i in range(W):
-                _get_16(REAL, code, source + (c + i) * step, target + c * SIZE + i * row)
-            transpose_tile(REAL, target + c * SIZE, row)
-        return
-    for t in range(n):
-        load_row(REAL, code, source + t * token_step, step, width, target + t * row)
+            tile = target + c * SIZE
+            _get_rows(REAL, code, source + c * step, step, tile, row, W, W)
+            transpose_tile(REAL, tile, row)
+    else:
+        for t in range(n):
+            load_row(REAL, code, source + t * token_step, step, width, target + t * row)
     zero_rows(REAL, target + n * row, (W - n) * row // (W * SIZE))
 
 

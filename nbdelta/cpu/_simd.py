@@ -46,16 +46,17 @@ _AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4
 _AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3")
 
 
-def _features():
-    features = numba.config.CPU_FEATURES
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    return set(features.split(","))
+def features():
+    """Instruction sets that Numba compiles for, each with a plus or a minus."""
+    named = numba.config.CPU_FEATURES
+    if named is None:
+        named = binding.get_host_cpu_features().flatten()
+    return set(named.split(","))
 
 
 _ARM = binding.get_default_triple().startswith(("aarch64", "arm64"))
 # without instructions for it LLVM would call a library function that a process may not have
-_CONVERTS_HALF = _ARM or "+f16c" in _features()
+_CONVERTS_HALF = _ARM or "+f16c" in features()
 
 
 def vector_unit():
@@ -64,7 +65,7 @@ def vector_unit():
     Numba takes the features of this machine, or ``NUMBA_CPU_FEATURES``. ``NUMBA_CPU_NAME`` can only
     narrow them: ``haswell`` gives the AVX2 shape of every tile on a machine with AVX-512.
     """
-    name, has = numba.config.CPU_NAME, _features()
+    name, has = numba.config.CPU_NAME, features()
     wide_name = not name or any(part in name for part in _AVX512_NAMES)
     avx2_name = wide_name or any(part in name for part in _AVX2_NAMES)
     if "+avx512f" in has and wide_name:
@@ -78,7 +79,7 @@ BITS, REGISTERS = vector_unit()
 
 
 # products of bfloat16 pairs, summed in float32, in one instruction
-DOTS_BFLOAT16 = BITS == 512 and "+avx512bf16" in _features()
+DOTS_BFLOAT16 = BITS == 512 and "+avx512bf16" in features()
 if DOTS_BFLOAT16:
     # inline assembly without a parser for it ends the process
     binding.initialize_native_asmparser()
@@ -205,6 +206,13 @@ class Emitter:
         if streaming:
             store.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
 
+    def instruction(self, text, *addresses):
+        """Write an instruction that LLVM has no function for; ``$0``, ``$1`` are the addresses."""
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(addresses))
+        constraints = ",".join(["r"] * len(addresses) + ["~{memory}"])
+        assembly = ir.InlineAsm(kind, text, constraints, side_effect=True)
+        self.b.call(assembly, [self.integer(a).ir for a in addresses])
+
     def prefetch(self, address, write=False):
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
@@ -315,17 +323,35 @@ class Emitter:
     def load_words(self, address, offset=0):
         return Value(self, self._load(address, offset, ir.VectorType(I32, W)))
 
+    def halves(self, x):
+        """Round a vector to bfloat16, to nearest."""
+        lanes = x.ir.type.count
+        if DOTS_BFLOAT16:
+            kind = ir.VectorType(I16, lanes)
+            return self.b.bitcast(self.b.fptrunc(x.ir, ir.VectorType(BF16, lanes)), kind)
+        return self._bfloat16_bits(x.ir, lanes)
+
+    def store_halves(self, halves, address, offset=0):
+        self.b.store(halves, self._pointer(address, offset, halves.type)).align = 1
+
+    def from_halves(self, halves):
+        lanes = halves.type.count
+        bits = self.b.zext(halves, ir.VectorType(I32, lanes))
+        bits = self.b.shl(bits, _constant(I32, lanes, 16))
+        return Value(self, self.b.bitcast(bits, ir.VectorType(F32, lanes)))
+
     def pair(self, low, high):
         """Round two vectors to bfloat16, to nearest, and join them lane by lane."""
-        words = []
-        for x in (low, high):
-            if DOTS_BFLOAT16:
-                bits = self.b.fptrunc(x.ir, ir.VectorType(BF16, W))
-                bits = self.b.bitcast(bits, ir.VectorType(I16, W))
-            else:
-                bits = self._bfloat16_bits(x.ir, W)
-            words.append(self.b.zext(bits, ir.VectorType(I32, W)))
-        return Value(self, self.b.or_(words[0], self.b.shl(words[1], _constant(I32, W, 16))))
+        lanes = low.ir.type.count
+        mixed = [i + by for i in range(lanes) for by in (0, lanes)]
+        mixed = self.b.shuffle_vector(self.halves(low), self.halves(high), _indices(mixed))
+        return Value(self, self.b.bitcast(mixed, ir.VectorType(I32, lanes)))
+
+    def halves_of(self, words):
+        """The two numbers of each word, as two vectors."""
+        kind = ir.VectorType(F32, words.ir.type.count)
+        bits = self._low_half(words.ir, kind.count), self._high_half(words.ir, kind.count)
+        return [Value(self, self.b.bitcast(x, kind)) for x in bits]
 
     def dot(self, address, offset, words, acc):
         """Add the two products of one word in memory with each of the words to `acc`."""

@@ -12,6 +12,7 @@ loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 
 from functools import cache
 
+from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.cpu._simd import W, tile
 
 
@@ -83,31 +84,25 @@ def pack_columns(e, x, x_step, norm, columns):
 
 @tile
 def pair_rows(e, rows, n, out):
-    """Round rows i and i + 8 of every 16 of n rows to bfloat16, and join them: n / 2 rows of
-    words.
-    """
+    """Round n rows to bfloat16 and join rows 2 i and 2 i + 1: n / 2 rows of words."""
 
     def body(offset, target):
-        for i in range(W // 2):
-            low, high = (e.load(rows + offset, j * e.row) for j in (i, i + W // 2))
-            e.store(e.pair(low, high), target[0], i * e.row)
-        return [target[0] + W // 2 * e.row]
-
-    e.loop(n * e.row, [out], body, W * e.row)
-
-
-@tile
-def pair_tokens(e, columns, n, out):
-    """The panel of n channels as n rows of 8 words: tokens i and i + 8 joined."""
-    halves = [list(range(i, i + W // 2)) for i in (0, W // 2, W, W + W // 2)]
-
-    def body(offset, target):
-        a, b = e.load(columns + offset), e.load(columns + offset, e.row)
-        low, high = e.shuffle(a, b, halves[0] + halves[2]), e.shuffle(a, b, halves[1] + halves[3])
+        low, high = e.load(rows + offset), e.load(rows + offset, e.row)
         e.store(e.pair(low, high), target[0])
         return [target[0] + e.row]
 
     e.loop(n * e.row, [out], body, 2 * e.row)
+
+
+@tile
+def round_rows(e, rows, n, out):
+    """N rows of 16 numbers in bfloat16: neighbours are the halves of a word."""
+
+    def body(offset, target):
+        e.store_halves(e.halves(e.load(rows + offset)), target[0])
+        return [target[0] + e.row // 2]
+
+    e.loop(n * e.row, [out], body, e.row)
 
 
 @cache
@@ -198,52 +193,87 @@ def decay_pairs(e, kk, qk, gates, beta, scale, a, p):
 # ---- the same for a gate per channel: running products, one exp per token and channel ----
 
 
-@tile
-def key_panels(e, k, k_step, norm, g, g_step, step, k_rows, decay_rows, columns, total):
-    """16 tokens by 16 channels: normalised k and e^g as token rows `step` bytes apart, the panel
-    k e^G as columns, and e^G of the last token.
-    """
-    for channel in range(0, W, e.lanes):
-        at = channel * e.size
-        prefix = e.splat(1.0, e.lanes)
-        for token in range(0, W, e.lanes):
-            block = []
-            for t in range(token, token + e.lanes):
-                decay = e.exp(e.load(g + g_step * t, at, e.lanes))
-                e.store(decay, decay_rows + step * t, at)
-                key = e.load(k + k_step * t, at, e.lanes) * e.bcast(norm, t * e.size, e.lanes)
-                e.store(key, k_rows + step * t, at)
-                prefix = prefix * decay
-                block.append(key * prefix)
-            store_columns(e, block, columns, token, channel)
-        e.store(prefix, total, at)
+def _store_block(e, squares, block, out, step, token, channel):
+    """Store a block of token rows as columns, or for squares as rounded rows `step` bytes apart."""
+    if not squares:
+        store_columns(e, block, out, token, channel)
+        return
+    for i, x in enumerate(block):
+        e.store_halves(e.halves(x), out + step * (token + i), channel * 2)
 
 
-@tile
-def query_panels(e, q, q_step, norm, decay_rows, step, q_rows, columns):
-    """16 tokens by 16 channels: normalised q as token rows and the panel q e^G as columns."""
-    for channel in range(0, W, e.lanes):
-        at = channel * e.size
-        prefix = e.splat(1.0, e.lanes)
-        for token in range(0, W, e.lanes):
-            block = []
-            for t in range(token, token + e.lanes):
-                query = e.load(q + q_step * t, at, e.lanes) * e.bcast(norm, t * e.size, e.lanes)
-                e.store(query, q_rows + step * t, at)
-                prefix = prefix * e.load(decay_rows + step * t, at, e.lanes)
-                block.append(query * prefix)
-            store_columns(e, block, columns, token, channel)
+@cache
+def key_panels(squares):
+    @tile
+    def key_panels(e, k, k_step, norm, g, g_step, step, k_rows, decay_rows, out, out_step, total):
+        """16 tokens by 16 channels: normalised k and e^g as token rows `step` bytes apart, k e^G as
+        columns (squares: rounded rows), and e^G of the last token.
+        """
+        for channel in range(0, W, e.lanes):
+            at = channel * e.size
+            prefix = e.splat(1.0, e.lanes)
+            for token in range(0, W, e.lanes):
+                block = []
+                for t in range(token, token + e.lanes):
+                    decay = e.exp(e.load(g + g_step * t, at, e.lanes))
+                    e.store(decay, decay_rows + step * t, at)
+                    key = e.load(k + k_step * t, at, e.lanes) * e.bcast(norm, t * e.size, e.lanes)
+                    e.store(key, k_rows + step * t, at)
+                    prefix = prefix * decay
+                    block.append(key * prefix)
+                _store_block(e, squares, block, out, out_step, token, channel)
+            e.store(prefix, total, at)
+
+    return key_panels
 
 
-@tile
-def suffix_rows(e, k_rows, decay_rows, step, out):
-    """out[token][channel] = k e^(G_last - G) for 16 tokens by 16 channels."""
-    for channel in range(0, W, e.lanes):
-        at = channel * e.size
-        suffix = e.splat(1.0, e.lanes)
-        for t in reversed(range(W)):
-            e.store(e.load(k_rows + step * t, at, e.lanes) * suffix, out, t * e.row + at)
-            suffix = suffix * e.load(decay_rows + step * t, at, e.lanes)
+@cache
+def query_panels(squares):
+    @tile
+    def query_panels(e, q, q_step, norm, decay_rows, step, q_rows, out, out_step):
+        """16 tokens by 16 channels: normalised q as token rows, and q e^G as `key_panels` has k."""
+        for channel in range(0, W, e.lanes):
+            at = channel * e.size
+            prefix = e.splat(1.0, e.lanes)
+            for token in range(0, W, e.lanes):
+                block = []
+                for t in range(token, token + e.lanes):
+                    norms = e.bcast(norm, t * e.size, e.lanes)
+                    query = e.load(q + q_step * t, at, e.lanes) * norms
+                    e.store(query, q_rows + step * t, at)
+                    prefix = prefix * e.load(decay_rows + step * t, at, e.lanes)
+                    block.append(query * prefix)
+                _store_block(e, squares, block, out, out_step, token, channel)
+
+    return query_panels
+
+
+@cache
+def suffix_rows(squares):
+    @tile
+    def suffix_rows(e, k_rows, decay_rows, step, out):
+        """out[token][channel] = k e^(G_last - G) for 16 tokens by 16 channels.
+
+        For squares out[channel] is a row of 32 halves: the tokens, and what rounding took of them.
+        """
+        for channel in range(0, W, e.lanes):
+            at = channel * e.size
+            suffix, rows = e.splat(1.0, e.lanes), []
+            for t in reversed(range(W)):
+                rows.insert(0, e.load(k_rows + step * t, at, e.lanes) * suffix)
+                suffix = suffix * e.load(decay_rows + step * t, at, e.lanes)
+            if not squares:
+                for t, x in enumerate(rows):
+                    e.store(x, out, t * e.row + at)
+                continue
+            for t in range(0, W, e.lanes):
+                for c, x in enumerate(e.transpose(rows[t : t + e.lanes])):
+                    halves = e.halves(x)
+                    e.store_halves(halves, out, (channel + c) * e.row + 2 * t)
+                    rest = e.halves(x - e.from_halves(halves))
+                    e.store_halves(rest, out, (channel + c) * e.row + 2 * (W + t))
+
+    return suffix_rows
 
 
 MANY = 8  # registers of channels that fit beside the running sums
@@ -318,9 +348,21 @@ def finish_pairs(e, kk, qk, beta, scale, a, p):
 # ---- the three state products, `MR` rows of 16 columns at a time ----
 
 
+def state_product(e, unit, panel, first, strip, n, fetch):
+    """Rows first.. of the product of a panel and the state; of `SQUARES` it is there already."""
+    if unit != SQUARES:
+        acc = [e.splat(0.0)] * e.mr
+        panel = panel + first * e.size
+        return fma_panel(e, acc, panel, strip, n, fetch=fetch, pairs=unit == DOTS)
+    address, step, write = fetch
+    for i in range(e.mr):
+        e.prefetch(address + step * i, write)
+    return [e.load(panel + first * e.row, i * e.row) for i in range(e.mr)]
+
+
 @cache
-def solve(per_channel, pairs):
-    """Make the first product; with `pairs` the panel and the state are words."""
+def solve(per_channel, unit):
+    """Make the first product; the panel and the state are words unless the unit is `FLOATS`."""
 
     @tile
     def solve(e, keys, a, states, u, n, first, gate, v, v_step, beta, suffix, ahead, ahead_step):
@@ -331,8 +373,7 @@ def solve(per_channel, pairs):
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
         v, ahead, at = v + v_step * first, ahead + ahead_step * first, first * e.size
-        acc, fetched = [e.splat(0.0)] * e.mr, (ahead, ahead_step, False)
-        acc = fma_panel(e, acc, keys + at, states, n, fetch=fetched, pairs=pairs)
+        acc = state_product(e, unit, keys, first, states, n, (ahead, ahead_step, False))
         for i in range(e.mr):
             x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
             acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
@@ -350,15 +391,14 @@ def solve(per_channel, pairs):
 
 
 @cache
-def output(pairs):
+def output(unit):
     """Make the second product."""
 
     @tile
     def output(e, queries, p, states, u, n, first, gate, o, o_step, ahead, ahead_step):
         """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
-        at = first * e.size
-        acc, fetched = [e.splat(0.0)] * e.mr, (ahead + ahead_step * first, ahead_step, True)
-        acc = fma_panel(e, acc, queries + at, states, n, fetch=fetched, pairs=pairs)
+        at, fetched = first * e.size, (ahead + ahead_step * first, ahead_step, True)
+        acc = state_product(e, unit, queries, first, states, n, fetched)
         acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
         if e.mr < W:
             acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
@@ -382,14 +422,15 @@ def fetch(e, address, step):
 
 
 @cache
-def update(per_channel, pairs):
-    """Make the third product.
+def update(per_channel, unit):
+    """Make the third product, of all units but `SQUARES`.
 
-    The panel has tokens as its rows, and with one gate per token channels. With `pairs` the rows of
+    The panel has tokens as its rows, and with one gate per token channels. With `DOTS` the rows of
     the state are stored as words too; the product is one of words if k is in the panel as it is.
     With a gate per channel k and U both would be rounded for every token that is added to the
     state, more than it can bear where nothing decays.
     """
+    pairs = unit != FLOATS
     dots = pairs and not per_channel
     token_step, channel_step = (W, 1) if per_channel else (1, W // 2 if dots else W)
 
@@ -420,8 +461,8 @@ def update(per_channel, pairs):
             for i, x in zip(channels, acc):
                 e.store(x, rows, i * e.row)
         if pairs:
-            for i in range(W // 2):
-                low, high = (e.load(rows, j * e.row) for j in (i, i + W // 2))
-                e.store(e.pair(low, high), words, i * e.row)
+            for i in range(0, W, 2):
+                low, high = (e.load(rows, j * e.row) for j in (i, i + 1))
+                e.store(e.pair(low, high), words, i // 2 * e.row)
 
     return update

@@ -18,6 +18,7 @@ from functools import cache
 import numpy as np
 
 from nbdelta.cpu import _chunk_panels as panels
+from nbdelta.cpu import _chunk_strips as strips
 from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
     CHECKPOINTS,
@@ -33,11 +34,8 @@ from nbdelta.cpu._call import (
     PARTS,
     SCRATCH,
     SCRATCH_STEP,
-    VALUE,
-    G,
     H,
     K,
-    O,
     Q,
     V,
     array_at,
@@ -48,47 +46,53 @@ from nbdelta.cpu._call import (
     value_head,
 )
 from nbdelta.cpu._chunk_panels import load_beta, norms, token_rows
-from nbdelta.cpu._chunk_scratch import layout, layout_of, strip_rows, strip_rows_of
+from nbdelta.cpu._chunk_scratch import (
+    layout,
+    layout_of,
+    strip_rows,
+    strip_rows_of,
+    waiting_rows,
+    waiting_rows_of,
+)
+from nbdelta.cpu._chunk_strips import finish_updates
 from nbdelta.cpu._jit import kernel, njit
+from nbdelta.cpu._matrix_unit import (
+    DOTS,
+    FLOATS,
+    SQUARES,
+    begin_tiles,
+    end_tiles,
+    unit_of_halves,
+)
 from nbdelta.cpu._memory import (
-    is_plain,
     load_columns,
     real_of,
     store_columns,
-    store_row,
     zero_rows,
 )
 from nbdelta.cpu._simd import (
-    DOTS_BFLOAT16,
     W,
     claim,
     itemsize,
     padded,
     read_int64,
-    rows_of_tile,
-    whole_tiles,
 )
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import (
-    KEY_GATE,
-    QUERY_GATE,
-    SUFFIX,
-    fetch,
-    output,
     pair_rows,
-    solve,
-    update,
 )
 
 
 @cache
-def _load_states(PAIRS):
+def _load_states(unit):
+    WORDS = unit == DOTS
+
     @njit()
-    def load_states(REAL, desc, h0, slot, hk, first, last, strips):
-        """Bring columns first.. of a key head's states into strips."""
+    def load_states(REAL, desc, h0, slot, hk, first, last, states, head, strip):
+        """Bring columns first.. of a key head's states into strips `strip` bytes apart."""
         k, v, row, KP = desc[K], desc[V], W * itemsize(REAL), padded(REAL, desc[K])
-        target = strips
         for j in range(desc[HV] // desc[H]):
+            target = states + j * head
             for s in range(first, last):
                 if h0[0]:
                     source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
@@ -96,111 +100,34 @@ def _load_states(PAIRS):
                     load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
                 else:
                     zero_rows(REAL, target, KP)
-                if PAIRS:
+                if WORDS:
                     pair_rows(REAL, target, KP, target + (KP + 2 * W) * row)
-                target += strip_rows_of(KP, PAIRS) * row
+                target += strip
 
     return load_states
 
 
 @njit()
-def _store_states(REAL, desc, ht, slot, hk, first, last, strips, step):
-    """Write columns first.. of a key head's states from strips `step` bytes apart."""
+def _store_states(REAL, desc, ht, slot, hk, first, last, states, head, strip):
+    """Write columns first.. of a key head's states from strips `strip` bytes apart."""
     k, v, row = desc[K], desc[V], W * itemsize(REAL)
-    source = strips
     for j in range(desc[HV] // desc[H]):
+        source = states + j * head
         for s in range(first, last):
             target = at(ht, slot, value_head(desc, hk, j), 0) + s * W * ht[5]
             width = min(W, v - s * W)
             store_columns(REAL, ht[1], source, row, k, width, target, ht[4], ht[5])
-            source += step
+            source += strip
 
 
 @cache
-def _value_strips(PER_CHANNEL, PAIRS):
-    first_product, second_product = solve(PER_CHANNEL, PAIRS), output(PAIRS)
-    third_product = update(PER_CHANNEL, PAIRS)
-    DOTS_IN_UPDATE = PAIRS and not PER_CHANNEL
+def _chunk_kernel(REAL, PER_CHANNEL, unit):
+    SQUARED = unit == SQUARES
+    load_states, value_strips = _load_states(unit), strips.value_strips(PER_CHANNEL, unit)
+    key_head, head_gates = panels.key_head(unit), panels.head_gates(unit)
+    channel_gates = panels.channel_gates(unit)
 
-    @njit()
-    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips):
-        """U, O and the new state of a value head, one strip of 16 columns after the other."""
-        size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
-        row, MR = W * size, rows_of_tile(REAL)
-        tokens = whole_tiles(REAL, n)
-        q, k, v, g, o = (
-            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
-            array_at(desc, O),
-        )  # fmt: skip
-        v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
-        direct = n == W and is_plain(REAL, o[1], o[5], width)
-        o_rows, o_step = m.o, padded(REAL, width) * size
-        if direct:
-            o_rows, o_step = at(o, b, t, hv), o[3]
-        key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
-        suffix = m.gates + SUFFIX * row
-        keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
-        if PER_CHANNEL:
-            updates = m.updates
-        if PAIRS:
-            keys, queries, tokens = m.key_words, m.query_words, W
-        if DOTS_IN_UPDATE:
-            updates, update_step = m.update_words, row // 2
-        for s in range(first, last):
-            strip, i = strips + (s - first) * strip_rows_of(KP, PAIRS) * row, s * row
-            u = strip + KP * row
-            states, words = strip, u + 2 * W * row
-            new_u = u if PER_CHANNEL else u + W * row
-            if PAIRS:
-                states = words
-            # what the next block needs of the caller's arrays, some lines between two products
-            v_next = at(v, b, t + W, hv) + s * W * v[5]
-            o_next = at(o, b, t + W, hv) + s * W * o[5]
-            t_next = t + W + 2 * (s - first)
-            k_next, q_next, g_next = (
-                at(k, b, t_next, hk),
-                at(q, b, t_next, hk),
-                at(g, b, t_next, hv),
-            )
-            for j in range(0, tokens, MR):
-                first_product(
-                    REAL, keys, m.a, states, u, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
-                    v_next, v[3],
-                )  # fmt: skip
-            for j in range(0, tokens, MR):
-                second_product(
-                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
-                    o[3],
-                )  # fmt: skip
-            if DOTS_IN_UPDATE:
-                u_words = words + KP // 2 * row
-                pair_rows(REAL, new_u, W, u_words)
-                new_u = u_words
-            for c in range(0, KP, W):
-                fetch(REAL, k_next + c * k[5], k[3])
-                fetch(REAL, q_next + c * q[5], q[3])
-                if PER_CHANNEL:
-                    fetch(REAL, g_next + c * g[5], g[3])
-                third_product(
-                    REAL, updates + c * update_step, tokens, strip + c * row, new_u,
-                    m.decay + c * size, words + c // 2 * row,
-                )  # fmt: skip
-        if not direct:
-            left, right = first * W, min(width, last * W)
-            for c in range(n):
-                target = at(o, b, t + c, hv) + left * o[5]
-                store_row(REAL, o[1], o_rows + c * o_step + left * size, right - left, target, o[5])
-
-    return value_strips
-
-
-@cache
-def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
-    load_states, value_strips = _load_states(PAIRS), _value_strips(PER_CHANNEL, PAIRS)
-    key_head, head_gates = panels.key_head(PAIRS), panels.head_gates(PAIRS)
-    channel_gates = panels.channel_gates(PAIRS)
-
-    @kernel(REAL, PER_CHANNEL, PAIRS)
+    @kernel(REAL, PER_CHANNEL, unit)
     def chunk_kernel(desc, worker):
         q, k, h0, ht = (
             array_at(desc, Q), array_at(desc, KEY), array_at(desc, H0), array_at(desc, HT),
@@ -208,11 +135,13 @@ def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
         r, interval, parts = desc[HV] // desc[H], desc[INTERVAL], desc[PARTS]
         KP, VP = padded(REAL, desc[K]), padded(REAL, desc[V])
         per_part = (VP // W + parts - 1) // parts
-        strips = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
-        m = layout_of(
-            strips, itemsize(REAL), KP, VP, r * per_part * strip_rows_of(KP, PAIRS), PAIRS
-        )
-        strip = strip_rows_of(KP, PAIRS) * W * itemsize(REAL)
+        states = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
+        row, strip_rows = W * itemsize(REAL), strip_rows_of(KP, unit)
+        head_rows = per_part * strip_rows + waiting_rows_of(KP, unit)
+        m = layout_of(states, itemsize(REAL), KP, VP, r * head_rows, unit)
+        strip, head = strip_rows * row, head_rows * row
+        if SQUARED:
+            begin_tiles(REAL, m.products)
         while True:
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
@@ -222,7 +151,8 @@ def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
             if eos - bos < desc[MIN_LENGTH] or eos - bos > desc[MAX_LENGTH]:
                 continue
             first, last = part * per_part, min((part + 1) * per_part, VP // W)
-            load_states(REAL, desc, h0, seq, hk, first, last, strips)
+            load_states(REAL, desc, h0, seq, hk, first, last, states, head, strip)
+            waits = False
             t = bos
             while t < eos:
                 n = min(W, eos - t)
@@ -241,22 +171,29 @@ def _chunk_kernel(REAL, PER_CHANNEL, PAIRS):
                         channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
                     else:
                         head_gates(REAL, desc, m, b, t, n, hv)
-                    own = strips + j * (last - first) * strip
-                    value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, own)
+                    own = states + j * head
+                    value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, own, waits)
                 t += n
+                waits = SQUARED
+                if SQUARED and (t == eos or (interval and (t - bos) % interval == 0)):
+                    for j in range(r):
+                        finish_updates(REAL, m, KP, last - first, states + j * head)
+                    waits = False
                 if interval and (t - bos) % interval == 0:
                     slot = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + (t - bos) // interval - 1
                     kept = array_at(desc, CHECKPOINTS)
-                    _store_states(REAL, desc, kept, slot, hk, first, last, strips, strip)
+                    _store_states(REAL, desc, kept, slot, hk, first, last, states, head, strip)
             if ht[0]:
-                _store_states(REAL, desc, ht, seq, hk, first, last, strips, strip)
+                _store_states(REAL, desc, ht, seq, hk, first, last, states, head, strip)
+        if SQUARED:
+            end_tiles(REAL, m.products)
 
     return chunk_kernel
 
 
 def multiplies_halves(dtype):
     """Whether q, k and v of a dtype are multiplied in 16 bits unless `precision` forbids it."""
-    return DOTS_BFLOAT16 and dtype == "bfloat16"
+    return dtype == "bfloat16" and unit_of_halves() != FLOATS
 
 
 def chunk_gated_delta_rule(problem, min_length=0):
@@ -279,12 +216,13 @@ def chunk_gated_delta_rule(problem, min_length=0):
     threads, items = thread_count(), p.N * p.H
     # too few heads for the threads: every strip of the value axis can go its own way
     parts = min(VP // W, -(-threads // items)) if items else 1
-    strips = -(-(VP // W) // parts)
-    parts = -(-(VP // W) // strips)
+    per_part = -(-(VP // W) // parts)
+    parts = -(-(VP // W) // per_part)
     desc[PARTS] = parts
     pairs = multiplies_halves(p.q.dtype) and p.precision != "highest"
-    rows = p.HV // p.H * strips * strip_rows(KP, pairs)
-    scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, pairs).end
+    unit = unit_of_halves() if pairs else FLOATS
+    rows = p.HV // p.H * (per_part * strip_rows(KP, unit) + waiting_rows(KP, unit))
+    scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, unit).end
     items *= parts
     flops = 6 * KP * VP * p.HV * p.B * p.T // max(1, items)
-    run(_chunk_kernel(REAL, p.per_channel, pairs), desc, items, scratch, threads, flops=flops)
+    run(_chunk_kernel(REAL, p.per_channel, unit), desc, items, scratch, threads, flops=flops)

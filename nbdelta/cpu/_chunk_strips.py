@@ -1,0 +1,236 @@
+"""U, O and the new state of a value head of the chunked kernel, in strips of 16 columns."""
+
+from functools import cache
+
+from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
+from nbdelta.cpu._chunk_panels import token_rows
+from nbdelta.cpu._chunk_scratch import strip_rows_of
+from nbdelta.cpu._jit import njit
+from nbdelta.cpu._matrix_unit import (
+    DOTS,
+    FLOATS,
+    SQUARES,
+    add_products,
+    double_rows,
+    multiply_rows,
+    multiply_two,
+    split_words,
+)
+from nbdelta.cpu._memory import copy_rows, is_plain, store_tokens
+from nbdelta.cpu._simd import W, itemsize, padded, rows_of_tile, whole_tiles
+from nbdelta.cpu._tiles import (
+    KEY_GATE,
+    QUERY_GATE,
+    SUFFIX,
+    fetch,
+    output,
+    pair_rows,
+    solve,
+    suffix_rows,
+    update,
+)
+
+
+@cache
+def value_strips(PER_CHANNEL, unit):
+    return _by_squares(PER_CHANNEL) if unit == SQUARES else _by_panels(PER_CHANNEL, unit)
+
+
+@njit()
+def _output_rows(REAL, o, b, t, n, hv, width, staged):
+    """Address and step of 16 rows for the output: the caller's own where they serve."""
+    if n == W and is_plain(REAL, o[1], o[5], width):
+        return at(o, b, t, hv), o[3]
+    return staged, padded(REAL, width) * itemsize(REAL)
+
+
+@njit()
+def _store_output(REAL, o, rows, step, b, t, n, hv, left, right):
+    """Write columns left.. to the caller's array."""
+    source, target = rows + left * itemsize(REAL), at(o, b, t, hv) + left * o[5]
+    store_tokens(REAL, o[1], source, step, n, right - left, target, o[3], o[5])
+
+
+@njit()
+def _fetch_tokens(REAL, desc, b, t, hk, hv, per_channel):
+    """What the next block needs of q, k and g: two tokens."""
+    q, k, g = array_at(desc, Q), array_at(desc, KEY), array_at(desc, G)
+    k_next, q_next, g_next = at(k, b, t, hk), at(q, b, t, hk), at(g, b, t, hv)
+    line = 2 * W  # numbers of bfloat16, which k and q are
+    for c in range(0, desc[K], line):
+        fetch(REAL, k_next + c * k[5], k[3])
+        fetch(REAL, q_next + c * q[5], q[3])
+    if per_channel:
+        for c in range(0, desc[K], W):
+            fetch(REAL, g_next + c * g[5], g[3])
+
+
+@cache
+def _by_panels(PER_CHANNEL, unit):
+    first_product, second_product = solve(PER_CHANNEL, unit), output(unit)
+    third_product = update(PER_CHANNEL, unit)
+    PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
+
+    @njit()
+    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips, waits):
+        """One strip after the other, which stays in the first cache for its three products."""
+        size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
+        row, MR = W * size, rows_of_tile(REAL)
+        tokens = whole_tiles(REAL, n)
+        q, k, v, g, o = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+            array_at(desc, O),
+        )  # fmt: skip
+        v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
+        o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
+        key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
+        suffix = m.gates + SUFFIX * row
+        keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
+        if PER_CHANNEL:
+            updates = m.updates
+        if PAIRS:
+            keys, queries, tokens = m.key_words, m.query_words, W
+        if DOTS_IN_UPDATE:
+            updates, update_step = m.update_words, row // 2
+        for s in range(first, last):
+            strip, i = strips + (s - first) * strip_rows_of(KP, unit) * row, s * row
+            u = strip + KP * row
+            states, words = strip, u + 2 * W * row
+            new_u = u if PER_CHANNEL else u + W * row
+            if PAIRS:
+                states = words
+            # what the next block needs of the caller's arrays, some lines between two products
+            v_next = at(v, b, t + W, hv) + s * W * v[5]
+            o_next = at(o, b, t + W, hv) + s * W * o[5]
+            t_next = t + W + 2 * (s - first)
+            k_next, q_next, g_next = (
+                at(k, b, t_next, hk),
+                at(q, b, t_next, hk),
+                at(g, b, t_next, hv),
+            )
+            for j in range(0, tokens, MR):
+                first_product(
+                    REAL, keys, m.a, states, u, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
+                    v_next, v[3],
+                )  # fmt: skip
+            for j in range(0, tokens, MR):
+                second_product(
+                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
+                    o[3],
+                )  # fmt: skip
+            if DOTS_IN_UPDATE:
+                u_words = words + KP // 2 * row
+                pair_rows(REAL, new_u, W, u_words)
+                new_u = u_words
+            for c in range(0, KP, W):
+                fetch(REAL, k_next + c * k[5], k[3])
+                fetch(REAL, q_next + c * q[5], q[3])
+                if PER_CHANNEL:
+                    fetch(REAL, g_next + c * g[5], g[3])
+                third_product(
+                    REAL, updates + c * update_step, tokens, strip + c * row, new_u,
+                    m.decay + c * size, words + c // 2 * row,
+                )  # fmt: skip
+        if o_rows == m.o:
+            left, right = first * W, min(width, last * W)
+            _store_output(REAL, o, o_rows, o_step, b, t, n, hv, left, right)
+
+    return value_strips
+
+
+@njit()
+def _waiting(KP, strips, strip, n, size):
+    """Addresses of the keys and decays of an update that waits, behind n strips."""
+    keys = strips + n * strip
+    return keys, keys + KP * W * size
+
+
+@njit()
+def _update(REAL, m, KP, strip, keys, decay):
+    """Bring a strip up to date, and leave it as words too."""
+    multiply_rows(REAL, keys, KP, strip + (KP + 2 * W) * W * itemsize(REAL), m.changes)
+    add_products(REAL, strip, KP, decay, m.changes, m.state_words)
+
+
+@njit()
+def finish_updates(REAL, m, KP, n, strips):
+    """Make the update that waits in each of a head's n strips."""
+    strip = strip_rows_of(KP, SQUARES) * W * itemsize(REAL)
+    keys, decay = _waiting(KP, strips, strip, n, itemsize(REAL))
+    for s in range(n):
+        _update(REAL, m, KP, strips + s * strip, keys, decay)
+
+
+@cache
+def _keep_update(PER_CHANNEL):
+    suffix_tile = suffix_rows(True)
+
+    @njit()
+    def keep_update(REAL, m, KP, keys, decay):
+        """What this block adds to the state, as rows of channels for the matrix unit."""
+        if PER_CHANNEL:
+            for c in range(0, KP, W):
+                i = c * itemsize(REAL)
+                rows = keys + c * W * itemsize(REAL)
+                suffix_tile(REAL, m.x + i, m.z + i, KP * itemsize(REAL), rows)
+        else:
+            double_rows(REAL, m.keys, KP, keys)
+        copy_rows(REAL, m.decay, W * itemsize(REAL), decay, W * itemsize(REAL), KP // W)
+
+    return keep_update
+
+
+@cache
+def _by_squares(PER_CHANNEL):
+    first_product, second_product = solve(PER_CHANNEL, SQUARES), output(SQUARES)
+    words_of, keep_update = split_words(PER_CHANNEL), _keep_update(PER_CHANNEL)
+
+    @njit()
+    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips, waits):
+        """Two rounds over the strips, as the matrix unit is quick but late with each result.
+
+        The update with a block waits until the keys of the next one are known: so each strip comes
+        into the first cache once a block, to be updated and multiplied.
+        """
+        size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
+        row, MR = W * size, rows_of_tile(REAL)
+        v, o = array_at(desc, VALUE), array_at(desc, O)
+        v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
+        o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
+        key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
+        suffix, strip_size = m.gates + SUFFIX * row, strip_rows_of(KP, SQUARES) * row
+        keys, decay = _waiting(KP, strips, strip_size, last - first, size)
+        for s in range(last - first):
+            strip, reads = strips + s * strip_size, m.products + s * 2 * W * row
+            if waits:
+                _update(REAL, m, KP, strip, keys, decay)
+            else:
+                pair_rows(REAL, strip, KP, m.state_words)
+            multiply_two(
+                REAL, m.key_words, m.query_words, 2 * KP, m.state_words, KP, reads, reads + W * row
+            )
+            _fetch_tokens(REAL, desc, b, t + W + 2 * s, hk, hv, PER_CHANNEL)
+        keep_update(REAL, m, KP, keys, decay)
+        for s in range(last - first):
+            u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
+            i, u_words = first + s, u + 2 * W * row
+            v_next = at(v, b, t + W, hv) + i * W * v[5]
+            o_next = at(o, b, t + W, hv) + i * W * o[5]
+            for j in range(0, W, MR):
+                first_product(
+                    REAL, reads, m.a, 0, u, KP, j, key_gate, v_rows + i * row, v_step, m.beta,
+                    suffix, v_next, v[3],
+                )  # fmt: skip
+            for j in range(0, W, MR):
+                second_product(
+                    REAL, reads + W * row, m.p, 0, u, KP, j, query_gate, o_rows + i * row, o_step,
+                    o_next, o[3],
+                )  # fmt: skip
+            if not PER_CHANNEL:
+                u += W * row
+            words_of(REAL, u, u_words)
+        if o_rows == m.o:
+            left, right = first * W, min(width, last * W)
+            _store_output(REAL, o, o_rows, o_step, b, t, n, hv, left, right)
+
+    return value_strips

@@ -1,0 +1,200 @@
+"""The matrix unit of x86-64 processors (AMX): products of bfloat16 squares, summed in float32.
+
+Registers of it, "tiles" to Intel, hold 16 rows of 64 bytes. They are no type of LLVM's that
+llvmlite has, so the instructions are inline assembly with registers named, and a result goes
+through memory. Where there is no such unit, the same products are made of pairs, for tests.
+"""
+
+import ctypes
+import platform
+import struct
+import sys
+from functools import cache
+
+from nbdelta.cpu._simd import DOTS_BFLOAT16, W, features, tile
+
+# how q, k and v of bfloat16 are multiplied: as float32, by the dot products of pairs of
+# AVX512-BF16, or by the matrix unit
+FLOATS, DOTS, SQUARES = range(3)
+
+# numbers of two tiles that are multiplied in one instruction, per row of the result
+DEPTH = 2 * W
+_LEFT, _RIGHT, _HALF_LEFT, _HALF_RIGHT = 4, 5, 6, 7
+_SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+
+
+def _configuration():
+    """Bytes for ``ldtilecfg``: palette 1, then the bytes per row and the rows of each register."""
+    widths, rows = [4 * W] * 8, [W] * 8
+    widths[_HALF_LEFT], rows[_HALF_RIGHT] = 2 * W, W // 2
+    return struct.pack("<BB14x8H16x8B8x", 1, 0, *widths, *rows)
+
+
+HAS_TILES = (
+    DOTS_BFLOAT16
+    and {"+amx-tile", "+amx-bf16"} <= features()
+    and (sys.platform, platform.machine()) == ("linux", "x86_64")
+)
+
+
+@cache
+def unit_of_halves():
+    """Return the quickest of `FLOATS`, `DOTS` and `SQUARES` on this machine.
+
+    Linux gives the registers of the matrix unit to a process that asks; threads and forks inherit
+    them. Where it does not, float32 is quicker than pairs: processors with the unit multiply pairs
+    at half the rate.
+    """
+    if not HAS_TILES:
+        return DOTS if DOTS_BFLOAT16 else FLOATS
+    request = map(ctypes.c_long, (_SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA))
+    return FLOATS if ctypes.CDLL(None).syscall(*request) else SQUARES
+
+
+@tile
+def begin_tiles(e, buffer):
+    """Set up the registers of this thread, from 64 bytes at `buffer`, until `end_tiles`."""
+    if HAS_TILES:
+        for i, word in enumerate(struct.unpack("<8q", _configuration())):
+            e.store(e.integer(word), buffer, 8 * i)
+        e.instruction("ldtilecfg ($0)", buffer)
+
+
+@tile
+def end_tiles(e, buffer):
+    """Empty the registers, so that the system need not save them."""
+    if HAS_TILES:
+        e.instruction("tilerelease")
+
+
+@tile
+def multiply_two(e, a, b, step, right, n, out_a, out_b):
+    """``out_x = x @ right`` for two left sides x, results of 16 rows of 16 numbers.
+
+    A left side has 16 rows of n bfloat16 numbers, `step` bytes apart, the right side n / 2 rows of
+    words: numbers 2 i and 2 i + 1 of every column joined. n is a multiple of 16.
+    """
+    if not HAS_TILES:
+        for left, out in ((a, out_a), (b, out_b)):
+            _multiply_pairs(e, left, step, right, n, out)
+        return
+    for i in (0, 1):
+        e.instruction(f"tilezero %tmm{i}")
+
+    def multiply(offset, left, right_side):
+        e.instruction(f"tileloadd ($0,$1), %tmm{right_side}", right + offset * W, e.row)
+        for i, x in enumerate((a, b)):
+            e.instruction(f"tileloadd ($0,$1), %tmm{left}", x + offset, step)
+            e.instruction(f"tdpbf16ps %tmm{right_side}, %tmm{left}, %tmm{i}")
+
+    def whole(offset, carried):
+        multiply(offset, _LEFT, _RIGHT)
+        return carried
+
+    def half(_, carried):
+        multiply(n // DEPTH * e.row, _HALF_LEFT, _HALF_RIGHT)
+        return carried
+
+    e.loop(n // DEPTH * e.row, [], whole, e.row, maybe_empty=True)
+    e.loop(n % DEPTH, [], half, W, maybe_empty=True)
+    for i, out in enumerate((out_a, out_b)):
+        e.instruction(f"tilestored %tmm{i}, ($0,$1)", out, e.row)
+
+
+@tile
+def multiply_rows(e, left, n, right, out):
+    """``out = left @ right``: n rows of 32 bfloat16 numbers, n a multiple of 16, by 16 of words."""
+    if HAS_TILES:
+        e.instruction(f"tileloadd ($0,$1), %tmm{_RIGHT}", right, e.row)
+
+    def body(offset, carried):
+        if HAS_TILES:
+            e.instruction("tilezero %tmm0")
+            e.instruction(f"tileloadd ($0,$1), %tmm{_LEFT}", left + offset, e.row)
+            e.instruction(f"tdpbf16ps %tmm{_RIGHT}, %tmm{_LEFT}, %tmm0")
+            e.instruction("tilestored %tmm0, ($0,$1)", out + offset, e.row)
+        else:
+            _multiply_pairs(e, left + offset, e.row, right, DEPTH, out + offset)
+        return carried
+
+    e.loop(n * e.row, [], body, W * e.row)
+
+
+def _multiply_pairs(e, left, step, right, n, out):
+    for first in range(0, W, e.mr):
+        rows = range(first, first + e.mr)
+
+        def body(offset, acc, rows=rows):
+            x = e.load_words(right + offset * W)
+            return [e.dot(left + step * i + offset, 0, x, a) for i, a in zip(rows, acc)]
+
+        acc = e.loop(e.integer(n) * 2, [e.splat(0.0)] * e.mr, body, 4)
+        for i, a in zip(rows, acc):
+            e.store(a, out, i * e.row)
+
+
+# ---- what is multiplied ----
+
+
+@tile
+def transpose_square(e, x):
+    """Transpose 16 rows of 16 numbers where they are."""
+    for i in range(0, W, e.lanes):
+        for j in range(0, i + 1, e.lanes):
+            blocks = []
+            for a, b in ((i, j), (j, i)):
+                rows = [e.load(x, (a + r) * e.row + b * e.size, e.lanes) for r in range(e.lanes)]
+                blocks.append((e.transpose(rows), b, a))
+            for rows, a, b in blocks[: 1 if i == j else 2]:
+                for r, row in enumerate(rows):
+                    e.store(row, x, (a + r) * e.row + b * e.size)
+
+
+@tile
+def double_rows(e, rows, n, out):
+    """N rows of 16 numbers as rows of 32 in bfloat16: each twice."""
+
+    def body(offset, carried):
+        halves = e.halves(e.load(rows + offset))
+        for at in (0, e.row // 2):
+            e.store_halves(halves, out + offset, at)
+        return carried
+
+    e.loop(n * e.row, [], body, e.row)
+
+
+@cache
+def split_words(twice):
+    """Make the tile that writes 16 rows as 16 rows of words, the sum of the first and last 8.
+
+    With `twice` the last 8 are the first 8 again.
+    """
+
+    @tile
+    def split_words(e, rows, out):
+        for i in range(0, W, 2):
+            pair = [e.load(rows, j * e.row) for j in (i, i + 1)]
+            words = e.pair(*pair)
+            e.store(words, out, i // 2 * e.row)
+            if not twice:
+                words = e.pair(*(x - y for x, y in zip(pair, e.halves_of(words))))
+            e.store(words, out, (i + W) // 2 * e.row)
+
+    return split_words
+
+
+@tile
+def add_products(e, rows, n, decay, products, words):
+    """``S = e^G_last S + K^T U`` for n channels, the last in `products`, and S as words."""
+
+    def body(offset, carried):
+        decay, words = carried
+        new = []
+        for i in (0, 1):
+            x, s = (e.load(a + offset, i * e.row) for a in (products, rows))
+            new.append(e.fma(e.bcast(decay, i * e.size), s, x))
+            e.store(new[-1], rows + offset, i * e.row)
+        e.store(e.pair(*new), words)
+        return [decay + 2 * e.size, words + e.row]
+
+    e.loop(n * e.row, [decay, words], body, 2 * e.row)
