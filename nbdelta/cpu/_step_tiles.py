@@ -5,7 +5,7 @@ which they lie in memory, ``ROWS`` at a time: sums over the rows are kept for al
 number of the state meets its two multiply-adds while it is in a register.
 """
 
-from nbdelta.cpu._simd import REAL, W, size_of, tile
+from nbdelta.cpu._simd import DOTS_BFLOAT16, REAL, W, size_of, tile
 
 ROWS = 4  # with their factors, two sums and the state they fit into 16 registers
 LINE = 64
@@ -78,9 +78,10 @@ def head_gate(e, k, q, g, n, out):
 def paired(dtype):
     """Whether 16 columns of a state are computed on as the 8 even and the 8 odd ones.
 
-    It takes one instruction for each to get them out of bfloat16 in this way.
+    It takes one instruction for each to get them out of bfloat16 in this way. Where there is an
+    instruction that rounds to bfloat16, whole registers are quicker.
     """
-    return dtype == "bfloat16"
+    return dtype == "bfloat16" and not DOTS_BFLOAT16
 
 
 @tile
@@ -160,6 +161,9 @@ def _load(e, dtype, address, columns):
 def _store(e, dtype, values, address, columns):
     if paired(dtype):
         e.store_pairs(values, address + columns[0] * 2)
+        return
+    if dtype == "bfloat16":
+        e.store_halves(e.halves(values[0]), address + columns[0] * 2)
         return
     for c, value in zip(columns, e.split(values[0], len(columns)), strict=True):
         e.store_as(dtype, value, address + c * size_of(dtype), e.lanes // len(columns))
