@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import assert_same_bits
 from test_backward import NAMES, SMALL, call_of, reference, without_tiny_numbers
 
 from nbdelta.testing import Shape, rel_l2
@@ -110,3 +111,29 @@ def test_packed_lengths_on_the_device_and_sequences_alone():
     for name in ("q", "k", "v", "g", "beta"):
         assert np.array_equal(alone[name], together[name][:, ends[n] : ends[n + 1]]), name
     assert np.array_equal(alone["initial_state"], together["initial_state"][n : n + 1])
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [[70, 134], [70, 999], [0, 130, 0, 130]],
+    ids=["late", "out of range", "falling"],
+)
+def test_wrong_boundaries_on_the_device_reach_no_other_memory(boundaries):
+    """The host cannot look at them. One in range keeps its gradients, one out of it is empty."""
+    from numba import cuda
+
+    T, sequences = min(boundaries[1], 134), len(boundaries) - 1
+    call = call_of("initial-state", "gda", Shape(1, T, 1, 1, 20, 12), "float32")
+    for name in ("initial_state", "dht"):
+        call[name] = np.repeat(call[name], sequences, axis=0)
+    together = kernel({**call, "cu_seqlens": cuda.to_device(np.array(boundaries, np.int32))})
+    for n in range(min(sequences, 2)):  # the third one overlaps the first one
+        bos, eos = boundaries[n : n + 2]
+        if not bos < eos <= T:
+            assert np.array_equal(together["initial_state"][n], call["dht"][n])
+            continue
+        alone = {
+            name: x[n : n + 1] if name in ("initial_state", "dht") else x[:, bos:eos]
+            for name, x in call.items()
+        }
+        assert_same_bits(together["initial_state"][n], kernel(alone)["initial_state"][0])

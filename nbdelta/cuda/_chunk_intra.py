@@ -324,7 +324,8 @@ def intra_kernel(form, gate_dtype, wide):
         b, bos, eos = sequence(desc, seq)
         length = int32(eos - bos)
         start, count = chunk_span(desc, chunk - first_chunk(desc, seq), length, tokens)
-        if start >= length or not is_ours(desc, length):
+        # a number before the first sequence (whose boundaries may start late) has a negative start
+        if uint32(start) >= uint32(length) or not is_ours(desc, length):
             return
         first = bos + start
 

@@ -26,6 +26,7 @@ from nbdelta.cuda._call import (
     HV,
     INTERVAL,
     KEY,
+    ROOM,
     VALUE,
     K,
     O,
@@ -34,6 +35,7 @@ from nbdelta.cuda._call import (
     array_at,
     at,
     divided,
+    first_checkpoint,
     sequence,
 )
 from nbdelta.cuda._chunk_form import (
@@ -301,9 +303,7 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
             kept = array_at(desc, CHECKPOINTS)
             interval, slot = uint32(desc[INTERVAL]), uint32(0)
             if kept[0] != 0:
-                for m in range(seq):
-                    _, m_bos, m_eos = sequence(desc, m)
-                    slot = uint32(slot + divided(uint32(m_eos - m_bos), interval)[0])
+                slot = uint32(first_checkpoint(desc, seq) - 1)
             for i in range(chunks):
                 cuda.syncthreads()
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)
@@ -311,8 +311,9 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                 if kept[0] != 0:
                     start, count = chunk_span(desc, i, length, tokens)
                     nth, over = divided(uint32(start + count), interval)
-                    if over == 0:
-                        own = at(kept, slot + nth - 1, hv, 2 * c)
+                    number = uint32(slot + nth)
+                    if over == 0 and number < uint32(desc[ROOM]):
+                        own = at(kept, number, hv, 2 * c)
                         own += column * kept[5]
                         store_state(s, own, kept[4], kept[5], k_left, v_left)
             cuda.syncthreads()
