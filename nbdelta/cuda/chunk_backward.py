@@ -58,7 +58,7 @@ from nbdelta.cuda._backward_products import (
 from nbdelta.cuda._backward_scan import errors_kernel, scan_kernel
 from nbdelta.cuda._call import LENGTH, G, describe, put_array
 from nbdelta.cuda._chunk_form import PER_SEGMENT, SEGMENT, count_chunks
-from nbdelta.cuda._jit import place_of
+from nbdelta.cuda._jit import device_limits, place_of
 from nbdelta.cuda._memory import real_of
 from nbdelta.cuda.gate import fused_gate
 
@@ -94,6 +94,20 @@ def _log_decay(p, real):
     return out
 
 
+def _expect_room(p, KP, index):
+    """Raise where a device has too little shared memory: for float64, 99 KB hold 64 channels."""
+    dtype, room = p.q.dtype, device_limits(index).shared
+    needed = max(
+        pairs_bytes(dtype, KP), shared_bytes(dtype, KP, 3), weights_bytes(dtype),
+        reads_bytes(dtype, KP), channels_bytes(dtype, KP),
+    )  # fmt: skip
+    if needed > room:
+        raise ValueError(
+            f"q: gradients in {dtype} with K = {p.K} need {needed} bytes of shared memory a block, "
+            f"{p.q.device} has {room}; float32 needs half"
+        )
+
+
 def chunk_gated_delta_rule_bwd(gradients):
     """Fill the gradients of a problem.
 
@@ -101,11 +115,17 @@ def chunk_gated_delta_rule_bwd(gradients):
     ----------
     gradients : Gradients
         A checked call, with what the forward pass kept.
+
+    Raises
+    ------
+    ValueError
+        Where the device has too little shared memory for float64.
     """
     grads, p = gradients, gradients.problem
     place, dtype, REAL = place_of(p.q), p.q.dtype, real_of(p.q.dtype)
     real = str(REAL)
     KP = 64 if p.K <= 64 else 128 if p.K <= 128 else 256
+    _expect_room(p, KP, place[0])
     chunks = count_chunks(p.T, p.N, CHUNK, 1, p.cu_seqlens is not None)
     desc = np.zeros(BACKWARD_LENGTH, np.int64)
     desc[:LENGTH] = describe(p, np.dtype(real))
