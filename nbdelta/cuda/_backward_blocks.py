@@ -98,22 +98,26 @@ def make_block(dtype, gate_dtype, KP):
     zero, one = REAL(0), REAL(1)
 
     @device
-    def load_keys(desc, s, r_k, r_d, b, first, n, hv, c):
-        """Channel c of e^G K, of e^(G_n - G) K and of the decay of the block."""
-        k, g = array_at(desc, KEY), array_at(desc, G)
+    def load_channel(desc, x, norm, factor, r_x, r_d, b, first, n, hv, c):
+        """Channel c of K or Q, normalised, and of the decays: of tokens past the end 0 and 1."""
+        g, factors = array_at(desc, G), array_at(desc, FACTORS)
         # of what is not there something else is read, so that all reads are under way at once
         inside, own = c < desc[K], min(c, desc[K] - 1)
-        source, gates = at(k, b, first, key_head(desc, hv)) + own * k[5], at(g, b, first, hv)
-        factors = array_at(desc, FACTORS)
-        norms = at(factors, b, first, hv) + size
+        source, gates = at(x, b, first, key_head(desc, hv)) + own * x[5], at(g, b, first, hv)
+        norms = at(factors, b, first, hv) + norm * size
         for t in range(BLOCK):
             i = min(t, n - 1)
-            x = get(source + i * k[3]) * get_real(norms + i * factors[3])
-            r_k[t] = x if inside and t < n else zero
+            number = factor * get(source + i * x[3]) * get_real(norms + i * factors[3])
+            r_x[t] = number if inside and t < n else zero
             r_d[t] = one
             if gate_dtype is not None:
-                x = exp(get_gate(gates + own * g[5] + i * g[3]))
-                r_d[t] = x if t < n else one
+                decay = exp(get_gate(gates + own * g[5] + i * g[3]))
+                r_d[t] = decay if t < n else one
+
+    @device
+    def load_keys(desc, s, r_k, r_d, b, first, n, hv, c):
+        """Channel c of e^G K, of e^(G_n - G) K and of the decay of the block."""
+        load_channel(desc, array_at(desc, KEY), 1, one, r_k, r_d, b, first, n, hv, c)
         decay = one
         for t in range(BLOCK):
             decay *= r_d[t]
@@ -128,19 +132,8 @@ def make_block(dtype, gate_dtype, KP):
     @device
     def load_queries(desc, s, r_q, r_d, b, first, n, hv, c):
         """Channel c of scale e^G Q."""
-        q, g = array_at(desc, Q), array_at(desc, G)
-        inside, own = c < desc[K], min(c, desc[K] - 1)
-        source, gates = at(q, b, first, key_head(desc, hv)) + own * q[5], at(g, b, first, hv)
-        factors = array_at(desc, FACTORS)
-        norms, scale = at(factors, b, first, hv), real(desc[SCALE])
-        for t in range(BLOCK):
-            i = min(t, n - 1)
-            x = scale * get(source + i * q[3]) * get_real(norms + i * factors[3])
-            r_q[t] = x if inside and t < n else zero
-            r_d[t] = one
-            if gate_dtype is not None:
-                x = exp(get_gate(gates + own * g[5] + i * g[3]))
-                r_d[t] = x if t < n else one
+        scale = real(desc[SCALE])
+        load_channel(desc, array_at(desc, Q), 0, scale, r_q, r_d, b, first, n, hv, c)
         decay = one
         for t in range(BLOCK):
             decay *= r_d[t]

@@ -13,7 +13,8 @@ BLOCKS = CHUNK // BLOCK
 
 # arrays of the call, six fields each, behind those of the forward pass; dv is where o was, and G is
 # the log decay
-DO, DHT, DQ, DKEY, DG, DBETA, DH0, DA_LOG, DDT_BIAS, RAW_G = range(LENGTH, LENGTH + 60, 6)
+GRADIENTS = DO, DHT, DQ, DKEY, DG, DBETA, DH0, DA_LOG, DDT_BIAS = range(LENGTH, LENGTH + 54, 6)
+RAW_G = LENGTH + 54
 # scratch, arrays of the compute dtype, [B, T, HV, ...]: factors of q and k and the effective beta;
 # rows of M and P; E and dU; what tokens read of the state as q and as k, and what they write
 FACTORS, PAIRS, ERRORS, DERRORS, READS_Q, READS_K, WRITES = range(LENGTH + 60, LENGTH + 102, 6)

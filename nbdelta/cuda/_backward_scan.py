@@ -40,8 +40,17 @@ from nbdelta.cuda._backward_call import (
 )
 from nbdelta.cuda._call import HV, VALUE, O, V, array_at, at, sequence
 from nbdelta.cuda._chunk_form import first_chunk
-from nbdelta.cuda._jit import kernel, specialised
+from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import ITEMSIZE, element, reader, real_of, set_element, writer
+
+
+@device
+def _share(desc):
+    """What a block of threads works on and its first column of V; a thread's part of the state."""
+    tid = cuda.threadIdx.x
+    slices = (desc[V] + COLUMNS - 1) // COLUMNS
+    left = cuda.blockIdx.x % slices * COLUMNS
+    return cuda.blockIdx.x // slices, left, tid, tid & 31, tid >> 5, tid >> 4 << 2
 
 
 @specialised
@@ -64,10 +73,7 @@ def errors_kernel(dtype, gate_dtype, KP, wide):
     def backward_errors_kernel(desc):
         s = cuda.shared.array(0, REAL)
         r_k, r_d = cuda.local.array(BLOCK, REAL), cuda.local.array(BLOCK, REAL)
-        tid = cuda.threadIdx.x
-        lane, warp, group = tid & 31, tid >> 5, tid >> 4 << 2
-        slices = (desc[V] + COLUMNS - 1) // COLUMNS
-        rest, left = cuda.blockIdx.x // slices, cuda.blockIdx.x % slices * COLUMNS
+        rest, left, tid, lane, warp, group = _share(desc)
         slot, hv = rest // desc[HV], rest % desc[HV]
         seq, b, start, count, index = chunk_of(desc, slot)
         if count <= 0:
@@ -144,10 +150,7 @@ def scan_kernel(dtype, gate_dtype, do_dtype, KP, wide):
     def backward_scan_kernel(desc):
         s = cuda.shared.array(0, REAL)
         r_x, r_d = cuda.local.array(BLOCK, REAL), cuda.local.array(BLOCK, REAL)
-        tid = cuda.threadIdx.x
-        lane, warp, group = tid & 31, tid >> 5, tid >> 4 << 2
-        slices = (desc[V] + COLUMNS - 1) // COLUMNS
-        rest, left = cuda.blockIdx.x // slices, cuda.blockIdx.x % slices * COLUMNS
+        rest, left, tid, lane, warp, group = _share(desc)
         seq, hv = rest // desc[HV], rest % desc[HV]
         b, bos, eos = sequence(desc, seq)
         do, dv, derrors = array_at(desc, DO), array_at(desc, O), array_at(desc, DERRORS)

@@ -23,19 +23,11 @@ from nbdelta.cuda._backward_call import (
     BLOCK,
     BLOCKS,
     CHUNK,
-    DA_LOG,
-    DBETA,
-    DDT_BIAS,
     DERRORS,
-    DG,
-    DH0,
-    DHT,
-    DKEY,
-    DO,
-    DQ,
     DSTATES,
     ERRORS,
     FACTORS,
+    GRADIENTS,
     KEPT,
     PAIRS,
     RAW_G,
@@ -135,11 +127,8 @@ def chunk_gated_delta_rule_bwd(gradients):
         FACTORS: 4, PAIRS: 2 * BLOCK, ERRORS: p.V, DERRORS: p.V, READS_Q: p.K, READS_K: p.K,
         WRITES: p.K,
     }  # fmt: skip
-    arrays = {
-        DO: grads.do, DHT: grads.dht, DQ: grads.dq, DKEY: grads.dk, DG: grads.dg,
-        DBETA: grads.dbeta, DH0: grads.dh0, DA_LOG: grads.dA_log, DDT_BIAS: grads.ddt_bias,
-        RAW_G: p.g, G: decay,
-    }  # fmt: skip
+    arrays = dict(zip(GRADIENTS, grads.arrays()))
+    arrays[RAW_G], arrays[G] = p.g, decay
     for index, numbers in of_tokens.items():
         arrays[index] = empty(p.q, (p.B, p.T, p.HV, numbers), real)
     arrays[DSTATES] = empty(p.q, (chunks, p.HV, p.K, p.V), real)
