@@ -4,7 +4,7 @@ import sys
 from typing import Any, TypeVar, cast
 
 from nbdelta import repeat
-from nbdelta.arrays import Array
+from nbdelta.arrays import Array, expect_no_tangent
 from nbdelta.blocks import (
     prepare_cumsum,
     prepare_gate,
@@ -15,6 +15,7 @@ from nbdelta.checks import IndexLike
 from nbdelta.dispatch import run, stage
 from nbdelta.gradients import fill_gradients, keep_states, prepare_gradients
 from nbdelta.problem import prepare
+from nbdelta.structure import Arrays
 
 # the results are arrays of the kind of the first argument; `final_state` may be None all the same,
 # as in typeshed's own stubs, so that callers who asked for it need no assertion
@@ -31,6 +32,9 @@ def _rule(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
     if torch is not None and not isinstance(arrays[0], torch.Tensor):
         torch = None
     if torch is not None:
+        if torch.autograd.forward_ad._current_level >= 0:
+            for name, x in zip(Arrays._fields, arrays):
+                expect_no_tangent(x, name)
         if torch.is_autocast_enabled("cpu" if arrays[0].is_cpu else arrays[0].device.type):
             from nbdelta.torch import autocast
 
