@@ -12,17 +12,20 @@ from nbdelta.cuda._jit import device
 from nbdelta.cuda._math import exp
 from nbdelta.cuda._memory import (
     ITEMSIZE,
-    element,
     read_real,
     reader,
     real_field,
     real_of,
+    write_real,
+)
+from nbdelta.cuda._ptx import shuffle_xor, tile
+from nbdelta.cuda._shared import (
+    element,
     set_element,
     shared_reader,
     shared_writer,
-    write_real,
 )
-from nbdelta.cuda._ptx import registers, shuffle_xor, tile
+from nbdelta.cuda._tile_functions import registers
 
 THREADS, WARPS = 256, 8
 COLUMNS = 32

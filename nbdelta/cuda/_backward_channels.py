@@ -34,15 +34,18 @@ from nbdelta.cuda._memory import (
     ITEMSIZE,
     block_writer,
     column_reader,
-    element,
     reader,
     real_of,
+    writer,
+)
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._shared import (
+    element,
     set_element,
     shared_reader,
     shared_writer,
-    writer,
 )
-from nbdelta.cuda._ptx import i32, int32, registers, tile
+from nbdelta.cuda._tile_functions import i32, int32, registers
 from nbdelta.cuda._tiles import make_zeros
 
 SQUARE = CHUNK * CHUNK

@@ -38,15 +38,14 @@ from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._math import exp, gate_functions
 from nbdelta.cuda._memory import (
     ITEMSIZE,
-    element,
     read_real,
     reader,
     real_field,
     real_of,
-    set_element,
     write_real,
     writer,
 )
+from nbdelta.cuda._shared import element, set_element
 from nbdelta.cuda._step import warp_sum
 
 THREADS, WARPS = 128, 4

@@ -54,17 +54,16 @@ from nbdelta.cuda._memory import (
     ITEMSIZE,
     block_writer,
     column_reader,
-    element,
     read_real,
     reader,
     real_field,
     real_of,
-    set_element,
-    shared_reader,
     write_real,
     writer,
 )
-from nbdelta.cuda._ptx import i32, int32, registers, shuffle_xor, tile
+from nbdelta.cuda._ptx import shuffle_xor, tile
+from nbdelta.cuda._shared import element, set_element, shared_reader
+from nbdelta.cuda._tile_functions import i32, int32, registers
 from nbdelta.cuda._tiles import make_zeros
 
 THREADS = 256

@@ -41,7 +41,8 @@ from nbdelta.cuda._backward_call import (
 from nbdelta.cuda._call import HV, VALUE, O, V, array_at, at, sequence
 from nbdelta.cuda._chunk_form import first_chunk
 from nbdelta.cuda._jit import device, kernel, specialised
-from nbdelta.cuda._memory import ITEMSIZE, element, reader, real_of, set_element, writer
+from nbdelta.cuda._memory import ITEMSIZE, reader, real_of, writer
+from nbdelta.cuda._shared import element, set_element
 
 
 @device

@@ -11,7 +11,7 @@ import numpy as np
 
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import DTYPES, fields, read_index
-from nbdelta.cuda._ptx import int32, uint32
+from nbdelta.cuda._tile_functions import int32, uint32
 
 # arrays, six numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 66, 6)

@@ -65,21 +65,17 @@ from nbdelta.cuda._memory_tiles import make_decayed, make_square_sum, make_store
 from nbdelta.cuda._ptx import (
     commit_copies,
     ex2,
-    f32,
-    int32,
     load_shared,
     rsqrt,
     shared_address,
     store_global,
     store_shared,
     sync_warp,
-    u32,
-    uint32,
-    uint64,
     uniform,
     wait_for_copies,
 )
 from nbdelta.cuda._solve_tiles import PITCH, inverse, inverse_transposed, invert
+from nbdelta.cuda._tile_functions import f32, int32, u32, uint32, uint64
 from nbdelta.cuda._tiles import (
     BLOCK,
     make_block_product,

@@ -59,17 +59,13 @@ from nbdelta.cuda._memory_tiles import make_state, make_store_elements, make_sto
 from nbdelta.cuda._ptx import (
     commit_copies,
     copy_async,
-    f32,
-    int32,
     load_shared,
     shared_address,
-    u32,
-    uint32,
-    uint64,
     uniform,
     wait_for_all_but_last_copies,
     wait_for_copies,
 )
+from nbdelta.cuda._tile_functions import f32, int32, u32, uint32, uint64
 from nbdelta.cuda._tiles import (
     make_columns,
     make_operand,
