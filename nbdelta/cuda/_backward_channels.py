@@ -27,7 +27,7 @@ from nbdelta.cuda._backward_call import (
     WRITES,
     chunk_of,
 )
-from nbdelta.cuda._backward_tokens import exp_of, make_tokens
+from nbdelta.cuda._backward_tokens import exp_of, make_dot, make_tokens
 from nbdelta.cuda._call import HV, KEY, G, K, Q, array_at, at, key_head
 from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import (
@@ -55,13 +55,6 @@ SQUARE = CHUNK * CHUNK
 def _make_channel(REAL):
     """What the tokens of a block, of a channel, do to each other and to the state."""
     row = registers(BLOCK, REAL)
-
-    @tile(REAL, row, row)
-    def dot(e, a, b):
-        total = e.mul(a[0], b[0])
-        for x, y in zip(a[1:], b[1:]):
-            total = e.fma(x, y, total)
-        return total
 
     @tile(row, row, row, REAL, row, REAL)
     def add_two(e, acc, a, x, b, y):
@@ -121,7 +114,7 @@ def _make_channel(REAL):
             dg[i] = e.select(later, e.fma(run, back[i], dg[i]), dg[i])
         return [*dg, own]
 
-    return dot, add_two, read_state, write_state, read_token, read_by_tokens
+    return add_two, read_state, write_state, read_token, read_by_tokens
 
 
 def channels_bytes(dtype, KP):
@@ -142,7 +135,8 @@ def channels_kernel(dtype, gate_dtype, KP):
     get, put = reader(str(REAL), REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
     prefixes, suffixes, products, scale, ones = make_tokens(REAL)
-    dot, add_two, read_state, write_state, read_token, read_by_tokens = _make_channel(REAL)
+    add_two, read_state, write_state, read_token, read_by_tokens = _make_channel(REAL)
+    dot = make_dot(REAL, BLOCK)
     # weights with what comes after; of a channel, tokens are KP apart
     ERASE, NORMS = SQUARE, 2 * SQUARE
     QUERIES = NORMS + 2 * CHUNK

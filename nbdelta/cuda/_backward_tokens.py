@@ -1,4 +1,4 @@
-"""Operations on the 16 numbers that the tokens of a block have of a channel."""
+"""Operations on rows of numbers, mostly the 16 that the tokens of a block have of a channel."""
 
 from functools import cache
 
@@ -7,6 +7,21 @@ from nbdelta.cuda._jit import device
 from nbdelta.cuda._math import exp
 from nbdelta.cuda._ptx import tile
 from nbdelta.cuda._tile_functions import registers
+
+
+@cache
+def make_dot(REAL, n):
+    """The sum of n products, in their order."""
+    row = registers(n, REAL)
+
+    @tile(REAL, row, row)
+    def dot(e, a, b):
+        total = e.mul(a[0], b[0])
+        for x, y in zip(a[1:], b[1:]):
+            total = e.fma(x, y, total)
+        return total
+
+    return dot
 
 
 @cache
