@@ -70,7 +70,7 @@ def specialisations():
         ("weights", weights_kernel(dtype, do, False), weights_bytes(dtype)),
         ("reads, K 128", reads_kernel(dtype, do, 128, False), reads_bytes(dtype, 128)),
         ("channels, K 256", channels_kernel(dtype, gate, 256), channels_bytes(dtype, 256)),
-        ("heads", heads_kernel(dtype), 0),
+        ("heads, K 256", heads_kernel(dtype, 256), 0),
         ("gates", gates_kernel(real_of(dtype), True, False), 0),
         ("shares", shares_kernel(real_of(dtype), False), 0),
     ):
@@ -159,7 +159,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     launch(weights_kernel(dtype, do, wide), per_chunk, weights_bytes(dtype))
     launch(reads_kernel(dtype, do, KP, wide), 3 * per_chunk, reads_bytes(dtype, KP))
     launch(channels_kernel(dtype, gate, KP), per_chunk, channels_bytes(dtype, KP))
-    launch(heads_kernel(dtype), -(-p.B * p.T * p.H // WARPS), y=2)
+    launch(heads_kernel(dtype, KP), -(-p.B * p.T * p.H // WARPS), y=2)
     if p.g is not None:
         launch(gates_kernel(REAL, p.per_channel, wide), per_chunk)
     if summed:
