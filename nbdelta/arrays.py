@@ -6,13 +6,14 @@ tensor has imported it.
 
 import ctypes
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from nbdelta import dlpack
+from nbdelta.array_view import ITEMSIZE as ITEMSIZE
+from nbdelta.array_view import View as View
 
 
 class Array(Protocol):
@@ -27,120 +28,9 @@ class Array(Protocol):
         """Type of the elements, in the words of the array's own library."""
 
 
-ITEMSIZE = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "complex64": 8,
-    "complex128": 16,
-}
-
 # dtype objects of NumPy and torch to names; a miss takes the slow path and may add an entry
 _NUMPY_DTYPES: dict[object, str] = {np.dtype(d): d for d in ITEMSIZE if d != "bfloat16"}
 _TORCH_DTYPES: dict[object, str] = {}
-
-
-# not frozen: a frozen dataclass takes 1.2 us to make, this one 0.2, and a decode step makes eight
-@dataclass(slots=True, eq=False)
-class View:
-    """An array as the kernels see it; nobody changes one after it is made.
-
-    Attributes
-    ----------
-    owner : object
-        The array itself, so that the memory stays alive; what the user gets back.
-    kind : str
-        ``"numpy"``, ``"torch"``, ``"cupy"``, ``"numba"`` or ``"dlpack"``.
-    device : str
-        ``"cpu"``, ``"cuda:0"``, ...
-    dtype : str
-        ``"float32"``, ``"bfloat16"``, ``"int64"``, ...
-    shape : tuple of int
-        Sizes of the axes.
-    strides : tuple of int
-        Byte strides; zero and negative ones occur.
-    address : int
-        Address of element ``[0, 0, ...]``.
-    readonly : bool
-        Whether the memory must not be written.
-    """
-
-    owner: object
-    kind: str
-    device: str
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    address: int
-    readonly: bool
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
-
-    def seen_as(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> "View":
-        """Return the same memory with other axes."""
-        return View(
-            self.owner,
-            self.kind,
-            self.device,
-            self.dtype,
-            shape,
-            strides,
-            self.address,
-            self.readonly,
-        )
-
-    def swap_last(self) -> "View":
-        """Return the same memory with the last two axes swapped."""
-        *shape, m, n = self.shape
-        *strides, s, t = self.strides
-        return self.seen_as((*shape, n, m), (*strides, t, s))
-
-    def is_aligned(self) -> bool:
-        """Whether every element is at a multiple of its size."""
-        bits = self.address
-        for stride in self.strides:
-            bits |= stride
-        return not bits & (ITEMSIZE[self.dtype] - 1)
-
-    def extent(self) -> tuple[int, int]:
-        """Return the offsets from `address` of the first byte and of the byte past the last one.
-
-        Both are 0 for an empty array.
-        """
-        low = high = 0
-        for n, stride in zip(self.shape, self.strides, strict=True):
-            if n == 0:
-                return 0, 0
-            if stride < 0:
-                low += (n - 1) * stride
-            else:
-                high += (n - 1) * stride
-        return low, high + self.itemsize
-
-    def overlaps_itself(self) -> bool:
-        """Whether two indices may mean the same byte (zero strides, sliding windows)."""
-        reach = self.itemsize
-        for stride, n in sorted(zip(map(abs, self.strides), self.shape, strict=True)):
-            if n == 0:
-                return False
-            if n > 1:
-                if stride < reach:
-                    return True
-                reach += (n - 1) * stride
-        return False
 
 
 def view(x: object, name: str) -> View:
@@ -163,7 +53,8 @@ def view(x: object, name: str) -> View:
     TypeError
         When `x` is not such an array, is masked, sparse or byte-swapped, or has no plain numbers.
     ValueError
-        When `x` is a torch tensor that requires a gradient, while gradients are recorded.
+        When `x` is a torch tensor that requires a gradient, while gradients are recorded, or has
+        a tangent.
     """
     if type(x) is np.ndarray:  # `_numpy_view` without the call, for the sake of decode steps
         dtype = _NUMPY_DTYPES.get(x.dtype) or _name_numpy_dtype(x.dtype, name)
@@ -296,6 +187,7 @@ def _torch_view(x: Any, torch: Any, name: str) -> View:
             f"{name}: requires a gradient, and none is recorded here; call under "
             "torch.no_grad(), or pass x.detach()"
         )
+    expect_no_tangent(x, name)
     try:
         address = x.data_ptr()
     except RuntimeError as error:  # fake and functorch tensors
@@ -306,6 +198,31 @@ def _torch_view(x: Any, torch: Any, name: str) -> View:
         raise TypeError(f"{name}: a tensor without memory of its own (device {x.device})")
     strides = _in_bytes(x.stride(), ITEMSIZE[dtype])
     return View(x, "torch", device, dtype, shape, strides, address, False)
+
+
+def expect_no_tangent(x: Any, name: str) -> None:
+    """Raise when `x` is a dual tensor of forward-mode automatic differentiation.
+
+    Parameters
+    ----------
+    x : object
+        An argument, of any kind.
+    name : str
+        Its name, for the error.
+
+    Raises
+    ------
+    ValueError
+        When it has a tangent, which the result would be without.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or torch.autograd.forward_ad._current_level < 0:
+        return
+    if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(
+            f"{name}: has a tangent, and forward-mode differentiation (torch.autograd.forward_ad) "
+            "is not supported; use reverse mode, or pass unpack_dual(x).primal"
+        )
 
 
 @lru_cache

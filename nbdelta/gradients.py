@@ -29,6 +29,11 @@ class Gradients:
     dA_log: View | None
     ddt_bias: View | None  # [HV, K or 1]
 
+    def arrays(self) -> "tuple[View | None, ...]":
+        """Return all gradients, first those that come in."""
+        own = self.do, self.dht, self.dq, self.dk, self.dg, self.dbeta, self.dh0
+        return (*own, self.dA_log, self.ddt_bias)
+
     def results(self) -> "tuple[object, ...]":
         """Return what the user gets, None for every input that was None."""
         found = [self.dq, self.dk, self.problem.o, self.dg, self.dbeta, self.dh0]

@@ -56,7 +56,7 @@ def rule(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Ten
     o, final_state : tensor
         The final state is ``None`` where it was not asked for.
     """
-    a = Arrays._make(arrays)
+    a: Any = Arrays._make(arrays)
     algorithm, scale, *others = options
     checked = Options._make(others)
     compiling = torch.compiler.is_compiling()
@@ -109,15 +109,17 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         keep_states(problem, view(states, "states"))
     run(problem, algorithm)
     final_state = problem.final_state
-    last = states.new_empty(0) if final_state is None else final_state.owner
-    return problem.o.owner, last, states
+    o: Any = problem.o.owner
+    last: Any = states.new_empty(0) if final_state is None else final_state.owner
+    return o, last, states
 
 
 def _empty_states(arrays: tuple[Any, ...], keep: bool) -> Tensor:
     q, v = arrays[0], arrays[2]
     B, T, _, K = q.shape
     n = most_states(str(q.device), B, T) if keep else 0
-    return q.new_empty((n, *v.shape[2:3], K, *v.shape[3:]), dtype=_state_dtype(q))
+    states: Tensor = q.new_empty((n, *v.shape[2:3], K, *v.shape[3:]), dtype=_state_dtype(q))
+    return states
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
@@ -127,7 +129,8 @@ def _state_dtype(q: Tensor) -> torch.dtype:
 @_forward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     arrays, options = _arguments(args)
-    a, o = Arrays._make(arrays), Options._make(options[1:])
+    a: Any = Arrays._make(arrays)
+    o = Options._make(options[1:])
     B, T, _, K = a.q.shape
     HV, V = a.v.shape[2:]
     state = a.q.new_empty(0)
@@ -149,7 +152,8 @@ def _backward(*args: Any) -> list[Tensor]:
     gradients = prepare_gradients(*_arguments(args), do, dht)
     keep_states(gradients.problem, view(states, "states"))
     fill_gradients(gradients)
-    return [dx for dx in gradients.results() if dx is not None]
+    results: Any = gradients.results()
+    return [dx for dx in results if dx is not None]
 
 
 @_backward.register_fake
@@ -169,7 +173,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradients(ctx: Any, do: Tensor | None, dht: Tensor | None, _: None) -> tuple[Any, ...]:
-    nothing = (None,) * ctx.count
+    nothing: tuple[None, ...] = (None,) * ctx.count
     if do is None and dht is None:
         return nothing
     *tensors, states = ctx.saved_tensors

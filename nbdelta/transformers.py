@@ -23,6 +23,8 @@ _REQUIRED = ("query", "key", "value", "g", "beta")
 _OPTIONAL = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 # how models name the boundaries of packed sequences: some rename, some hand their own on
 _PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+# where a seq_idx keeps the boundaries that were made of it
+_BOUNDARIES = "_nbdelta_boundaries"
 # what torch._dynamo.mark_static_address() leaves on the states of a transformers cache
 _STATIC_ADDRESS = "_dynamo_static_input_type"
 
@@ -55,6 +57,8 @@ def enable():
     Training works as generation does, with gradient checkpointing too. Packed sequences
     (``cu_seq_lens_q`` or ``seq_idx`` in the model's call), which the PyTorch functions of
     transformers refuse or mix up, are kept apart, in the short convolution before the rule too.
+    On a GPU ``cu_seq_lens_q`` is not looked at by the host; of a ``seq_idx`` it has to find the
+    boundaries first, for which it waits once per tensor.
     Calls with tensors on a device that cannot be served go to the function that was there before,
     and a warning says so once.
 
@@ -270,9 +274,19 @@ def _boundaries(given):
     seq_idx = given.get("seq_idx")
     if seq_idx is None:
         return None
-    torch = _torch()
-    changes = 1 + torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten()
-    return torch.cat([changes.new_zeros(1), changes, changes.new_tensor([seq_idx.shape[1]])])
+    # inference tensors do not say when they were changed
+    version = None if seq_idx.is_inference() else seq_idx._version
+    of_version, boundaries = getattr(seq_idx, _BOUNDARIES, (None, None))
+    if version is None or of_version != version:
+        torch = _torch()
+        # how many there are is known to the device alone: on a GPU the host waits here, once for
+        # all layers. (As many as there are tokens, most of them empty, need no look, but a block of
+        # threads each.)
+        changes = 1 + torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten()
+        ends = changes.new_zeros(1), changes, changes.new_tensor([seq_idx.shape[1]])
+        boundaries = torch.cat(ends)
+        setattr(seq_idx, _BOUNDARIES, (version, boundaries))
+    return boundaries
 
 
 def _is_tracing():

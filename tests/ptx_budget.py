@@ -49,7 +49,7 @@ BUDGETS = (
     Budget("backward reads, *", 168, 22 * 1024, 1),
     Budget("backward channels, *", 255, 76 * 1024, 1),
     Budget("backward weights", 168, 27 * 1024, 1),
-    Budget("backward heads", 168, 0, 2),
+    Budget("backward heads, *", 168, 0, 2),
     Budget("backward gates*", 80, 2 * 1024, 6),
     Budget("backward *", 64, 2 * 1024, 8),
 )

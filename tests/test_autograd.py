@@ -391,6 +391,29 @@ def test_function_transforms():
         torch.vmap(of_q)(call["q"].detach()[None])
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["q", "g", "initial_state"])
+def test_forward_mode(name, recorded):
+    """A tangent would be dropped without a word."""
+    call = {n: x.detach() if torch.is_tensor(x) else x for n, x in call_of().items()}
+    ad = torch.autograd.forward_ad
+    with ad.dual_level():
+        nbdelta.gated_delta_rule(**call)  # a level alone does no harm
+        call["v"].requires_grad_(recorded)
+        dual = {**call, name: ad.make_dual(call[name], torch.ones_like(call[name]))}
+        with pytest.raises(ValueError, match=rf"^{name}: has a tangent, .* reverse mode"):
+            nbdelta.gated_delta_rule(**dual)
+
+
+def test_forward_mode_of_building_blocks():
+    ad = torch.autograd.forward_ad
+    with ad.dual_level():
+        x = ad.make_dual(torch.ones(1, 4, 2), torch.ones(1, 4, 2))
+        for function, name in ((nbdelta.chunk_local_cumsum, "x"), (nbdelta.fused_gate, "x")):
+            with pytest.raises(ValueError, match=rf"^{name}: has a tangent"):
+                function(x, *[2] * (function is nbdelta.chunk_local_cumsum))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import assert_same_bits, relayout
 from test_backward import NAMES, SMALL, call_of, reference, without_tiny_numbers
 
 from nbdelta.testing import Shape, rel_l2
@@ -110,3 +111,62 @@ def test_packed_lengths_on_the_device_and_sequences_alone():
     for name in ("q", "k", "v", "g", "beta"):
         assert np.array_equal(alone[name], together[name][:, ends[n] : ends[n + 1]]), name
     assert np.array_equal(alone["initial_state"], together["initial_state"][n : n + 1])
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [[70, 134], [70, 999], [0, 130, 0, 130]],
+    ids=["late", "out of range", "falling"],
+)
+def test_wrong_boundaries_on_the_device_reach_no_other_memory(boundaries):
+    """The host cannot look at them. One in range keeps its gradients, one out of it is empty."""
+    from numba import cuda
+
+    T, sequences = min(boundaries[1], 134), len(boundaries) - 1
+    call = call_of("initial-state", "gda", Shape(1, T, 1, 1, 20, 12), "float32")
+    for name in ("initial_state", "dht"):
+        call[name] = np.repeat(call[name], sequences, axis=0)
+    together = kernel({**call, "cu_seqlens": cuda.to_device(np.array(boundaries, np.int32))})
+    for n in range(min(sequences, 2)):  # the third one overlaps the first one
+        bos, eos = boundaries[n : n + 2]
+        if not bos < eos <= T:
+            assert np.array_equal(together["initial_state"][n], call["dht"][n])
+            continue
+        alone = {
+            name: x[n : n + 1] if name in ("initial_state", "dht") else x[:, bos:eos]
+            for name, x in call.items()
+        }
+        assert_same_bits(together["initial_state"][n], kernel(alone)["initial_state"][0])
+
+
+@pytest.mark.parametrize(("K", "dtype", "fits"), [(65, "float64", False), (64, "float64", True)])
+def test_float64_where_shared_memory_is_short(monkeypatch, K, dtype, fits):
+    """99 KB a block, as GeForce cards have it."""
+    from nbdelta.cuda import _jit, chunk_backward
+
+    limits = _jit.Limits(99 * 1024, 1)
+    monkeypatch.setattr(chunk_backward, "device_limits", lambda index: limits, raising=False)
+    call = call_of("initial-state", "gda", Shape(1, 3, 1, 1, K, 4), dtype)
+    if fits:
+        assert_close(call, dtype)
+        return
+    with pytest.raises(ValueError, match=r"^q: gradients in float64 with K = 65 need \d+ bytes"):
+        kernel(call)
+
+
+@pytest.mark.parametrize("layout", ["padded", "reversed"])
+def test_layouts(layout):
+    """Any strides, of the incoming gradients as well, give the same bits."""
+    call = call_of("initial-state-v-first", "kda", Shape(1, 18, 1, 2, 7, 5), "bfloat16")
+    moved = {n: relayout(x, layout) if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    expected = kernel(call)
+    for name, x in kernel(moved).items():
+        assert x is expected[name] is None or np.array_equal(x, expected[name]), name
+
+
+def test_no_tokens():
+    call = call_of("raw-gate-A_log", "gda", Shape(2, 0, 1, 2, 7, 5), "float32")
+    call["initial_state"] = np.ones_like(call["dht"])
+    got = kernel(call)
+    assert_same_bits(got["initial_state"], call["dht"])
+    assert got["q"].size == 0 and not got["A_log"].any()

@@ -205,6 +205,26 @@ def test_packed_layer_equals_separate_sequences(name, how):
         assert rel_l2(a, b) < 1e-5
 
 
+def test_boundaries_are_looked_for_once_per_tensor(monkeypatch):
+    """On a GPU the host waits for the device each time."""
+    looks, nonzero = [], torch.nonzero
+    monkeypatch.setattr(torch, "nonzero", lambda x: looks.append(x) or nonzero(x))
+    layer, hidden = rule_layer(model_of("qwen3_next")), torch.randn(1, 12, 48)
+    seq_idx = torch.arange(12)[None] // 5
+    with torch.no_grad(), served.enable():
+        first = [layer(hidden, seq_idx=seq_idx) for _ in range(2)]
+        assert len(looks) == 1 and torch.equal(*first)
+        seq_idx[:] = torch.arange(12) // 3
+        other = layer(hidden, seq_idx=seq_idx)
+        assert len(looks) == 2
+        assert torch.equal(other, layer(hidden, seq_idx=torch.arange(12)[None] // 3))
+    with torch.inference_mode(), served.enable():
+        unseen = torch.arange(12)[None] // 5
+        assert torch.equal(layer(hidden, seq_idx=unseen), first[0])
+        unseen[:] = torch.arange(12) // 3
+        assert torch.equal(layer(hidden, seq_idx=unseen), other)
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe", "olmo_hybrid", "kimi_linear"])
 def test_packed_model_equals_separate_sequences(name):
     model, lengths = model_of(name), [9, 1, 30, 7]

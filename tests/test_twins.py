@@ -91,7 +91,7 @@ def test_code_is_emitted_in_few_places():
     """Assembly has one file in each room, LLVM IR those that say what memory and numbers are."""
     assembly = [CPU / "_simd.py", CUDA / "_ptx.py"]
     emitters = [*assembly, CPU / "_atomic.py"]
-    emitters += [CUDA / name for name in ("_memory.py", "_state.py", "_step.py")]
+    emitters += [CUDA / name for name in ("_memory.py", "_shared.py", "_state.py", "_step.py")]
     # the CPU's features and versions that `info` prints are questions to llvmlite
     others = python_files(*emitters, PACKAGE / "info.py")
     assert offenders(others, "llvmlite") == []

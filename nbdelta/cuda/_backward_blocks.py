@@ -7,26 +7,32 @@ with the state are summed over the threads, and a warp solves a triangular syste
 from functools import cache
 
 from nbdelta.cuda._backward_call import BLOCK, FACTORS, PAIRS
+from nbdelta.cuda._backward_tokens import exp_of, make_tokens
 from nbdelta.cuda._call import KEY, SCALE, G, K, Q, V, array_at, at, key_head
 from nbdelta.cuda._jit import device
-from nbdelta.cuda._math import exp
 from nbdelta.cuda._memory import (
     ITEMSIZE,
-    element,
+    column_reader,
     read_real,
     reader,
     real_field,
     real_of,
+    write_real,
+)
+from nbdelta.cuda._ptx import shuffle_xor, tile
+from nbdelta.cuda._shared import (
+    element,
     set_element,
     shared_reader,
     shared_writer,
-    write_real,
 )
-from nbdelta.cuda._ptx import registers, shuffle_xor, tile
+from nbdelta.cuda._tile_functions import i32, registers
 
 THREADS, WARPS = 256, 8
 COLUMNS = 32
 TILE = BLOCK * COLUMNS
+# of tokens, at once
+ROWS = 4
 # numbers in shared memory: triangles, betas, sums of every warp, three tiles of 16 x 32, and, for
 # K channels, the decay of a block and its tiles of K and Q (or a state on its way)
 M, P, BETA, PARTS = 0, 256, 512, 528
@@ -40,36 +46,44 @@ def shared_bytes(dtype, KP, tiles):
 
 @cache
 def _make_state(REAL, KP):
-    """What is done to a thread's part of a state, two columns of KP / 16 channels."""
+    """What is done to a thread's part of a state, two columns of KP / 16 channels.
+
+    For some rows of tokens at once, so that one address serves all that is read for them.
+    """
     n = KP // 16
-    state, row, pair = (registers(x, REAL) for x in (2 * n, n, 2))
+    state, row, rows, pairs = (registers(x, REAL) for x in (2 * n, n, ROWS * n, 2 * ROWS))
     # four channels of every 64
     places = tuple(COLUMNS * (64 * (c // 4) + c % 4) + 16 * j for c in range(n) for j in range(2))
-    channels = shared_reader(REAL, tuple(range(0, KP, 64)), 4)
+    channels, channels_of_rows = (
+        shared_reader(REAL, tuple(KP * i + c for i in range(m) for c in range(0, KP, 64)), 4)
+        for m in (1, ROWS)
+    )
+    values = shared_reader(REAL, tuple(COLUMNS * i + 16 * j for i in range(ROWS) for j in range(2)))
 
-    @tile(pair, state, row)
+    @tile(pairs, state, rows)
     def dots(e, s, a):
-        out = [e.mul(a[0], s[j]) for j in range(2)]
-        for c in range(1, n):
-            out = [e.fma(a[c], s[2 * c + j], out[j]) for j in range(2)]
+        out = []
+        for i in range(0, ROWS * n, n):
+            own = [e.mul(a[i], s[j]) for j in range(2)]
+            for c in range(1, n):
+                own = [e.fma(a[i + c], s[2 * c + j], own[j]) for j in range(2)]
+            out += own
         return out
 
-    @tile(state, state, row, pair)
-    def add_product(e, s, a, u):
-        return [e.fma(a[i // 2], u[i % 2], s[i]) for i in range(2 * n)]
+    @tile(state, state, rows, pairs)
+    def add_products(e, s, a, u):
+        for i in range(ROWS):
+            s = [e.fma(a[n * i + c // 2], u[2 * i + c % 2], s[c]) for c in range(2 * n)]
+        return s
 
     @tile(state, state, row)
     def scale(e, s, a):
         return [e.mul(a[i // 2], s[i]) for i in range(2 * n)]
 
     return (
-        shared_reader(REAL, places),
-        shared_writer(REAL, places),
-        channels,
-        dots,
-        add_product,
-        scale,
-    )
+        shared_reader(REAL, places), shared_writer(REAL, places), channels, channels_of_rows,
+        values, dots, add_products, scale,
+    )  # fmt: skip
 
 
 @cache
@@ -82,69 +96,57 @@ def make_solve(REAL):
         # what comes in at the end never gets to the front
         return [e.fma(m[i], u, x[i + 1]) for i in range(BLOCK - 1)] + x[:1]
 
+    @tile(REAL, REAL, row, row, i32)
+    def add_later(e, total, p, x, j):
+        """Add p.x over the tokens from j on."""
+        for i in range(BLOCK):
+            total = e.select(e.less(e.u32(i), j), total, e.fma(p[i], x[i], total))
+        return total
+
     get_row = shared_reader(REAL, tuple(range(0, BLOCK, 4)), 4)
     get_column = shared_reader(REAL, tuple(range(0, TILE, COLUMNS)))
-    return substitute, get_row, get_column
+    return substitute, add_later, get_row, get_column
 
 
 @cache
 def make_block(dtype, gate_dtype, KP):
     """Loading what both kernels want of a block of tokens."""
     REAL = real_of(dtype)
-    get, get_gate = reader(dtype, REAL), reader(gate_dtype or dtype, REAL)
+    get_column, get_gates, get_norms = (
+        column_reader(x, REAL, BLOCK) for x in (dtype, gate_dtype or dtype, str(REAL))
+    )
     get_real, real = reader(str(REAL), REAL), real_field(REAL)
+    put_column = shared_writer(REAL, tuple(range(0, BLOCK * KP, KP)))
+    prefixes, suffixes, products, scale, ones = make_tokens(REAL)
     size = ITEMSIZE[str(REAL)]
-    PRE, SUFFIX = TILES + KP, TILES + KP + BLOCK * KP
-    zero, one = REAL(0), REAL(1)
+    PRE, SUFFIX, QUERIES = (TILES + KP + i * BLOCK * KP for i in range(3))
+    zero = REAL(0)
 
     @device
-    def load_keys(desc, s, r_k, r_d, b, first, n, hv, c):
+    def load_channel(desc, x, norm, b, first, n, hv, c):
+        """Channel c of K or Q, normalised, and of the decays: of what is not there 0 and 1."""
+        g, factors = array_at(desc, G), array_at(desc, FACTORS)
+        source, count = at(x, b, first, key_head(desc, hv)) + c * x[5], n if c < desc[K] else 0
+        norms = get_norms(at(factors, b, first, hv) + norm * size, factors[3], n)
+        numbers = products(get_column(source, x[3], count), norms)
+        if gate_dtype is None:
+            return numbers, ones()
+        return numbers, exp_of(get_gates(at(g, b, first, hv) + c * g[5], g[3], count))
+
+    @device
+    def load_keys(desc, s, b, first, n, hv, c):
         """Channel c of e^G K, of e^(G_n - G) K and of the decay of the block."""
-        k, g = array_at(desc, KEY), array_at(desc, G)
-        # of what is not there something else is read, so that all reads are under way at once
-        inside, own = c < desc[K], min(c, desc[K] - 1)
-        source, gates = at(k, b, first, key_head(desc, hv)) + own * k[5], at(g, b, first, hv)
-        factors = array_at(desc, FACTORS)
-        norms = at(factors, b, first, hv) + size
-        for t in range(BLOCK):
-            i = min(t, n - 1)
-            x = get(source + i * k[3]) * get_real(norms + i * factors[3])
-            r_k[t] = x if inside and t < n else zero
-            r_d[t] = one
-            if gate_dtype is not None:
-                x = exp(get_gate(gates + own * g[5] + i * g[3]))
-                r_d[t] = x if t < n else one
-        decay = one
-        for t in range(BLOCK):
-            decay *= r_d[t]
-            set_element(s, PRE + t * KP + c, decay * r_k[t])
-        set_element(s, TILES + c, decay)
-        decay = one
-        for i in range(BLOCK):
-            t = BLOCK - 1 - i
-            set_element(s, SUFFIX + t * KP + c, decay * r_k[t])
-            decay *= r_d[t]
+        x, d = load_channel(desc, array_at(desc, KEY), 1, b, first, n, hv, c)
+        before = prefixes(d)
+        set_element(s, TILES + c, before[BLOCK - 1])
+        put_column(s, PRE + c, products(before, x))
+        put_column(s, SUFFIX + c, products(suffixes(d), x))
 
     @device
-    def load_queries(desc, s, r_q, r_d, b, first, n, hv, c):
+    def load_queries(desc, s, b, first, n, hv, c):
         """Channel c of scale e^G Q."""
-        q, g = array_at(desc, Q), array_at(desc, G)
-        inside, own = c < desc[K], min(c, desc[K] - 1)
-        source, gates = at(q, b, first, key_head(desc, hv)) + own * q[5], at(g, b, first, hv)
-        factors = array_at(desc, FACTORS)
-        norms, scale = at(factors, b, first, hv), real(desc[SCALE])
-        for t in range(BLOCK):
-            i = min(t, n - 1)
-            x = scale * get(source + i * q[3]) * get_real(norms + i * factors[3])
-            r_q[t] = x if inside and t < n else zero
-            r_d[t] = one
-            if gate_dtype is not None:
-                x = exp(get_gate(gates + own * g[5] + i * g[3]))
-                r_d[t] = x if t < n else one
-        decay = one
-        for t in range(BLOCK):
-            decay *= r_d[t]
-            set_element(s, SUFFIX + (BLOCK + t) * KP + c, decay * r_q[t])
+        x, d = load_channel(desc, array_at(desc, Q), 0, b, first, n, hv, c)
+        put_column(s, QUERIES + c, products(prefixes(d), scale(x, real(desc[SCALE]))))
 
     @device
     def pair_weight(desc, which, b, first, n, hv, i, j):
@@ -194,32 +196,46 @@ def make_staging(REAL, KP, wide):
 def make_products(dtype, KP):
     """What a block of tokens and the state do to each other."""
     REAL = real_of(dtype)
-    get_state, put_state, channels, dots, add_product, scale = _make_state(REAL, KP)
+    get_state, put_state, channels, channels_of_rows, *others = _make_state(REAL, KP)
+    values, dots, add_products, scale = others
+    put_sums = shared_writer(REAL, tuple(range(0, ROWS * COLUMNS, COLUMNS)))
+    get_parts = shared_reader(REAL, tuple(range(0, WARPS * TILE, TILE)))
+
+    @tile(REAL, registers(WARPS, REAL))
+    def add_up(e, parts):
+        total = parts[0]
+        for x in parts[1:]:
+            total = e.add(total, x)
+        return total
+
+    @device
+    def half(mine, other, high):
+        """Either half of a warp goes on with one of the two columns."""
+        return (other if high else mine) + shuffle_xor(mine if high else other, 16)
 
     @device
     def read_state(s, state, rows, group, lane, warp):
         """Leave the warp's part in the products of 16 rows with the state."""
         high = (lane & 16) != 0
-        for i in range(BLOCK):
-            x = dots(state, channels(s, rows + i * KP + group))
-            # either half of a warp goes on with one of the two columns
-            own = (x[1] if high else x[0]) + shuffle_xor(x[0] if high else x[1], 16)
-            set_element(s, PARTS + (warp * BLOCK + i) * COLUMNS + lane, own)
+        for i in range(0, BLOCK, ROWS):
+            x = dots(state, channels_of_rows(s, rows + i * KP + group))
+            sums = (
+                half(x[0], x[1], high), half(x[2], x[3], high),
+                half(x[4], x[5], high), half(x[6], x[7], high),
+            )  # fmt: skip
+            put_sums(s, PARTS + (warp * BLOCK + i) * COLUMNS + lane, sums)
 
     @device
     def sum_of_parts(s, i):
-        total = element(s, PARTS + i)
-        for w in range(1, WARPS):
-            total += element(s, PARTS + w * TILE + i)
-        return total
+        return add_up(get_parts(s, PARTS + i))
 
     @device
-    def write_state(s, state, rows, group, values, lane):
+    def write_state(s, state, rows, group, first, lane):
         """Add the products of 16 rows with 16 rows of values to the state."""
-        column = values + (lane & 15)
-        for i in range(BLOCK):
-            x = element(s, column + i * COLUMNS), element(s, column + i * COLUMNS + 16)
-            state = add_product(state, channels(s, rows + i * KP + group), x)
+        column = first + (lane & 15)
+        for i in range(0, BLOCK, ROWS):
+            x = values(s, column + i * COLUMNS)
+            state = add_products(state, channels_of_rows(s, rows + i * KP + group), x)
         return state
 
     @device

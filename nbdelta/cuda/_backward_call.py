@@ -4,7 +4,7 @@ Sequences are cut into chunks of 64 tokens, at whose starts states are kept, and
 of 16. The decay from one token to another one is the product of the gates between them.
 """
 
-from nbdelta.cuda._call import CHECKPOINTS, H0, LENGTH, array_at, first_checkpoint, sequence
+from nbdelta.cuda._call import CHECKPOINTS, H0, LENGTH, ROOM, array_at, first_checkpoint, sequence
 from nbdelta.cuda._chunk_form import first_chunk, sequence_of_chunk
 from nbdelta.cuda._jit import device
 
@@ -13,7 +13,8 @@ BLOCKS = CHUNK // BLOCK
 
 # arrays of the call, six fields each, behind those of the forward pass; dv is where o was, and G is
 # the log decay
-DO, DHT, DQ, DKEY, DG, DBETA, DH0, DA_LOG, DDT_BIAS, RAW_G = range(LENGTH, LENGTH + 60, 6)
+GRADIENTS = DO, DHT, DQ, DKEY, DG, DBETA, DH0, DA_LOG, DDT_BIAS = range(LENGTH, LENGTH + 54, 6)
+RAW_G = LENGTH + 54
 # scratch, arrays of the compute dtype, [B, T, HV, ...]: factors of q and k and the effective beta;
 # rows of M and P; E and dU; what tokens read of the state as q and as k, and what they write
 FACTORS, PAIRS, ERRORS, DERRORS, READS_Q, READS_K, WRITES = range(LENGTH + 60, LENGTH + 102, 6)
@@ -29,7 +30,9 @@ def chunk_of(desc, slot):
     b, bos, eos = sequence(desc, seq)
     index = slot - first_chunk(desc, seq)
     first = bos + CHUNK * index
-    return seq, b, first, min(CHUNK, eos - first), index
+    # boundaries on the device may start late: numbers before the first sequence are no chunks
+    count = min(CHUNK, eos - first) if index >= 0 else index
+    return seq, b, first, count, index
 
 
 @device
@@ -37,4 +40,4 @@ def state_at(desc, seq, index):
     """The array that has the state at the start of a chunk of a sequence, and its number there."""
     if index == 0:
         return array_at(desc, H0), seq
-    return array_at(desc, CHECKPOINTS), first_checkpoint(desc, seq) + index - 1
+    return array_at(desc, CHECKPOINTS), min(first_checkpoint(desc, seq) + index, desc[ROOM]) - 1

@@ -27,22 +27,25 @@ from nbdelta.cuda._backward_call import (
     WRITES,
     chunk_of,
 )
+from nbdelta.cuda._backward_tokens import exp_of, make_dot, make_tokens
 from nbdelta.cuda._call import HV, KEY, G, K, Q, array_at, at, key_head
 from nbdelta.cuda._jit import device, kernel, specialised
-from nbdelta.cuda._math import exp
 from nbdelta.cuda._memory import (
     ITEMSIZE,
     block_writer,
     column_reader,
-    element,
     reader,
     real_of,
+    writer,
+)
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._shared import (
+    element,
     set_element,
     shared_reader,
     shared_writer,
-    writer,
 )
-from nbdelta.cuda._ptx import i32, int32, registers, tile
+from nbdelta.cuda._tile_functions import i32, int32, registers
 from nbdelta.cuda._tiles import make_zeros
 
 SQUARE = CHUNK * CHUNK
@@ -50,47 +53,12 @@ SQUARE = CHUNK * CHUNK
 
 @cache
 def _make_channel(REAL):
-    """Operations on 16 tokens of a channel."""
+    """What the tokens of a block, of a channel, do to each other and to the state."""
     row = registers(BLOCK, REAL)
-
-    @tile(row, row)
-    def prefixes(e, d):
-        """Products of the decays up to each token."""
-        out = d[:1]
-        for x in d[1:]:
-            out.append(e.mul(out[-1], x))
-        return out
-
-    @tile(row, row)
-    def suffixes(e, d):
-        """Products of the decays after each token."""
-        out = [e.real(REAL, 1.0)]
-        for x in d[:0:-1]:
-            out.append(e.mul(out[-1], x))
-        return out[::-1]
-
-    @tile(row, row, row)
-    def products(e, a, b):
-        return [e.mul(x, y) for x, y in zip(a, b)]
-
-    @tile(row, row, REAL)
-    def scale(e, a, x):
-        return [e.mul(y, x) for y in a]
-
-    @tile(REAL, row, row)
-    def dot(e, a, b):
-        total = e.mul(a[0], b[0])
-        for x, y in zip(a[1:], b[1:]):
-            total = e.fma(x, y, total)
-        return total
 
     @tile(row, row, row, REAL, row, REAL)
     def add_two(e, acc, a, x, b, y):
         return [e.fma(p, x, e.fma(q, y, z)) for p, q, z in zip(a, b, acc)]
-
-    @tile(row)
-    def ones(e):
-        return [e.real(REAL, 1.0)] * BLOCK
 
     @tile(registers(2 * BLOCK, REAL), row, row, row, row)
     def read_state(e, x, d, reads, total):
@@ -146,19 +114,7 @@ def _make_channel(REAL):
             dg[i] = e.select(later, e.fma(run, back[i], dg[i]), dg[i])
         return [*dg, own]
 
-    return (
-        prefixes, suffixes, products, scale, dot, add_two, ones, read_state, write_state,
-        read_token, read_by_tokens,
-    )  # fmt: skip
-
-
-@device
-def _exp_of(x):
-    return (
-        exp(x[0]), exp(x[1]), exp(x[2]), exp(x[3]), exp(x[4]), exp(x[5]), exp(x[6]), exp(x[7]),
-        exp(x[8]), exp(x[9]), exp(x[10]), exp(x[11]), exp(x[12]), exp(x[13]), exp(x[14]),
-        exp(x[15]),
-    )  # fmt: skip
+    return add_two, read_state, write_state, read_token, read_by_tokens
 
 
 def channels_bytes(dtype, KP):
@@ -178,8 +134,9 @@ def channels_kernel(dtype, gate_dtype, KP):
     get_rows, put_rows = column_reader(str(REAL), REAL, BLOCK), block_writer(REAL, 1, BLOCK)
     get, put = reader(str(REAL), REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
-    prefixes, suffixes, products, scale, dot, add_two, ones, *of_a_block = _make_channel(REAL)
-    read_state, write_state, read_token, read_by_tokens = of_a_block
+    prefixes, suffixes, products, scale, ones = make_tokens(REAL)
+    add_two, read_state, write_state, read_token, read_by_tokens = _make_channel(REAL)
+    dot = make_dot(REAL, BLOCK)
     # weights with what comes after; of a channel, tokens are KP apart
     ERASE, NORMS = SQUARE, 2 * SQUARE
     QUERIES = NORMS + 2 * CHUNK
@@ -211,7 +168,7 @@ def channels_kernel(dtype, gate_dtype, KP):
             return ones()
         g = array_at(desc, G)
         source = at(g, b, start + BLOCK * block, hv) + c * g[5]
-        return _exp_of(get_gates(source, g[3], count - BLOCK * block))
+        return exp_of(get_gates(source, g[3], count - BLOCK * block))
 
     @kernel(KP)
     def backward_channels_kernel(desc):

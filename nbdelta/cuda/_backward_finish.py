@@ -38,25 +38,22 @@ from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._math import exp, gate_functions
 from nbdelta.cuda._memory import (
     ITEMSIZE,
-    element,
     read_real,
     reader,
     real_field,
     real_of,
-    set_element,
     write_real,
     writer,
 )
+from nbdelta.cuda._shared import element, set_element
 from nbdelta.cuda._step import warp_sum
 
 THREADS, WARPS = 128, 4
-# channels of a lane
 LANES = 32
-OF_LANE = 256 // LANES
 
 
 @specialised
-def heads_kernel(dtype):
+def heads_kernel(dtype, KP):
     """The kernel that adds up dq or dk over the value heads of a key head, a token a warp.
 
     For a grid of (tokens of all key heads / warps, 2); in the y direction q, then k.
@@ -65,6 +62,8 @@ def heads_kernel(dtype):
     get, put, get_real = reader(dtype, REAL), writer(dtype, REAL), reader(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
     total_of = warp_sum(REAL, 1)
+    # channels of a lane
+    OF_LANE = KP // LANES
     zero = REAL(0)
 
     @kernel(THREADS)

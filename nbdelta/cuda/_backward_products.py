@@ -31,6 +31,7 @@ from nbdelta.cuda._backward_call import (
     chunk_of,
     state_at,
 )
+from nbdelta.cuda._backward_tokens import make_dot
 from nbdelta.cuda._call import (
     BETA,
     BETA_FACTOR,
@@ -54,17 +55,16 @@ from nbdelta.cuda._memory import (
     ITEMSIZE,
     block_writer,
     column_reader,
-    element,
     read_real,
     reader,
     real_field,
     real_of,
-    set_element,
-    shared_reader,
     write_real,
     writer,
 )
-from nbdelta.cuda._ptx import i32, int32, registers, shuffle_xor, tile
+from nbdelta.cuda._ptx import shuffle_xor, tile
+from nbdelta.cuda._shared import element, set_element, shared_reader
+from nbdelta.cuda._tile_functions import i32, int32, registers
 from nbdelta.cuda._tiles import make_zeros
 
 THREADS = 256
@@ -84,14 +84,7 @@ def _make_running(REAL, n):
         later = e.less(j, i)
         return [e.select(later, e.mul(y, d), k) for y, k, d in zip(x, key, decay)]
 
-    @tile(REAL, row, row)
-    def dot(e, a, b):
-        total = e.mul(a[0], b[0])
-        for x, y in zip(a[1:], b[1:]):
-            total = e.fma(x, y, total)
-        return total
-
-    return run_on, dot
+    return run_on
 
 
 @cache
@@ -142,7 +135,7 @@ def pairs_kernel(dtype, gate_dtype, KP, wide):
     put, real, read = writer(str(REAL), REAL), real_field(REAL), read_real(REAL, wide)
     size = ITEMSIZE[str(REAL)]
     sigmoid, _ = gate_functions(REAL)
-    run_on, dot = _make_running(REAL, KP // 16)
+    run_on, dot = _make_running(REAL, KP // 16), make_dot(REAL, KP // 16)
     channels = shared_reader(REAL, tuple(range(0, KP, 64)), 4)
     QUERIES, DECAYS = BLOCK * KP, 2 * BLOCK * KP
     OUT = 3 * BLOCK * KP

@@ -40,8 +40,19 @@ from nbdelta.cuda._backward_call import (
 )
 from nbdelta.cuda._call import HV, VALUE, O, V, array_at, at, sequence
 from nbdelta.cuda._chunk_form import first_chunk
-from nbdelta.cuda._jit import kernel, specialised
-from nbdelta.cuda._memory import ITEMSIZE, element, reader, real_of, set_element, writer
+from nbdelta.cuda._jit import device, kernel, specialised
+from nbdelta.cuda._memory import ITEMSIZE, reader, real_of, writer
+from nbdelta.cuda._shared import element, set_element
+from nbdelta.cuda._tile_functions import int32
+
+
+@device
+def _share(desc):
+    """What a block of threads works on and its first column of V; a thread's part of the state."""
+    tid = cuda.threadIdx.x
+    slices = (desc[V] + COLUMNS - 1) // COLUMNS
+    left = cuda.blockIdx.x % slices * COLUMNS
+    return cuda.blockIdx.x // slices, left, tid, tid & 31, tid >> 5, tid >> 4 << 2
 
 
 @specialised
@@ -54,7 +65,7 @@ def errors_kernel(dtype, gate_dtype, KP, wide):
     get, put = reader(dtype, REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
     get_state, _, read_state, sum_of_parts, write_state, pass_block = make_products(dtype, KP)
-    substitute, get_row, get_column = make_solve(REAL)
+    substitute, _, get_row, get_column = make_solve(REAL)
     load_keys, _, pair_weight, beta_of = make_block(dtype, gate_dtype, KP)
     bring, _ = make_staging(REAL, KP, wide)
     PRE, SUFFIX = TILES + KP, TILES + KP + BLOCK * KP
@@ -63,11 +74,7 @@ def errors_kernel(dtype, gate_dtype, KP, wide):
     @kernel(THREADS)
     def backward_errors_kernel(desc):
         s = cuda.shared.array(0, REAL)
-        r_k, r_d = cuda.local.array(BLOCK, REAL), cuda.local.array(BLOCK, REAL)
-        tid = cuda.threadIdx.x
-        lane, warp, group = tid & 31, tid >> 5, tid >> 4 << 2
-        slices = (desc[V] + COLUMNS - 1) // COLUMNS
-        rest, left = cuda.blockIdx.x // slices, cuda.blockIdx.x % slices * COLUMNS
+        rest, left, tid, lane, warp, group = _share(desc)
         slot, hv = rest // desc[HV], rest % desc[HV]
         seq, b, start, count, index = chunk_of(desc, slot)
         if count <= 0:
@@ -84,7 +91,7 @@ def errors_kernel(dtype, gate_dtype, KP, wide):
             first, n = start + BLOCK * block, min(BLOCK, count - BLOCK * block)
             cuda.syncthreads()
             if tid < KP:
-                load_keys(desc, s, r_k, r_d, b, first, n, hv, tid)
+                load_keys(desc, s, b, first, n, hv, tid)
             # the rows are columns of M, from the diagonal down
             row, below = tid >> 4, (tid >> 4) + (tid & 15) + 1
             set_element(s, M + tid, -pair_weight(desc, 0, b, first, n, hv, below, row))
@@ -131,7 +138,7 @@ def scan_kernel(dtype, gate_dtype, do_dtype, KP, wide):
     get_state, put_state, read_state, sum_of_parts, write_state, pass_block = make_products(
         dtype, KP
     )
-    substitute, get_row, get_column = make_solve(REAL)
+    substitute, add_later, get_row, get_column = make_solve(REAL)
     load_keys, load_queries, pair_weight, beta_of = make_block(dtype, gate_dtype, KP)
     bring, take = make_staging(REAL, KP, wide)
     PRE, SUFFIX, QUERIES = (TILES + KP + i * BLOCK * KP for i in range(3))
@@ -143,11 +150,7 @@ def scan_kernel(dtype, gate_dtype, do_dtype, KP, wide):
     @kernel(THREADS)
     def backward_scan_kernel(desc):
         s = cuda.shared.array(0, REAL)
-        r_x, r_d = cuda.local.array(BLOCK, REAL), cuda.local.array(BLOCK, REAL)
-        tid = cuda.threadIdx.x
-        lane, warp, group = tid & 31, tid >> 5, tid >> 4 << 2
-        slices = (desc[V] + COLUMNS - 1) // COLUMNS
-        rest, left = cuda.blockIdx.x // slices, cuda.blockIdx.x % slices * COLUMNS
+        rest, left, tid, lane, warp, group = _share(desc)
         seq, hv = rest // desc[HV], rest % desc[HV]
         b, bos, eos = sequence(desc, seq)
         do, dv, derrors = array_at(desc, DO), array_at(desc, O), array_at(desc, DERRORS)
@@ -170,13 +173,14 @@ def scan_kernel(dtype, gate_dtype, do_dtype, KP, wide):
                 take(desc, s, array_at(desc, DSTATES), slot, hv, left, tid)
                 cuda.syncthreads()
             if tid < KP:
-                load_keys(desc, s, r_x, r_d, b, first, n, hv, tid)
+                load_keys(desc, s, b, first, n, hv, tid)
             if FIRST_QUERY <= tid < FIRST_QUERY + KP:
-                load_queries(desc, s, r_x, r_d, b, first, n, hv, tid - FIRST_QUERY)
+                load_queries(desc, s, b, first, n, hv, tid - FIRST_QUERY)
             # the rows are rows of M, the last one first, from the diagonal to the left
             row, j = LAST - (tid >> 4), LAST - 1 - (tid >> 4) - (tid & 15)
             set_element(s, M + tid, -pair_weight(desc, 0, b, first, n, hv, row, j))
-            set_element(s, P + tid, pair_weight(desc, 1, b, first, n, hv, tid >> 4, tid & 15))
+            # and those of P are columns
+            set_element(s, P + tid, pair_weight(desc, 1, b, first, n, hv, tid & 15, tid >> 4))
             if tid < BLOCK:
                 set_element(s, BETA + tid, beta_of(desc, b, first, n, hv, tid))
             for i in range(warp, BLOCK, WARPS):
@@ -187,10 +191,10 @@ def scan_kernel(dtype, gate_dtype, do_dtype, KP, wide):
             cuda.syncthreads()
             read_state(s, state, SUFFIX, group, lane, warp)
             cuda.syncthreads()
+            outputs = get_column(s, RIGHT + lane)
             for j in range(warp, BLOCK, WARPS):
                 x = sum_of_parts(s, j * COLUMNS + lane)
-                for i in range(j, BLOCK):
-                    x += element(s, P + i * BLOCK + j) * element(s, RIGHT + i * COLUMNS + lane)
+                x = add_later(x, get_row(s, P + j * BLOCK), outputs, int32(j))
                 # the last row first
                 set_element(s, X + (LAST - j) * COLUMNS + lane, x)
             cuda.syncthreads()

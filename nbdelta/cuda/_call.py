@@ -11,22 +11,23 @@ import numpy as np
 
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import DTYPES, fields, read_index
-from nbdelta.cuda._ptx import int32, uint32
+from nbdelta.cuda._tile_functions import int32, uint32
 
 # arrays, six numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 66, 6)
 # index arrays: the same, with one or two byte strides
 CU_SEQLENS, STATE_INDICES, ACCEPTED = range(66, 84, 6)
 ADDRESS, CODE, STRIDES = 0, 1, 2
-# sizes; SLOTS is S of state_indices [N, S], POOL the number of states in the pool, GROUP HV / H
-B, T, H, HV, K, V, N, SLOTS, POOL, INTERVAL, GROUP = range(84, 95)
+# sizes; SLOTS is S of state_indices [N, S], POOL the number of states in the pool, GROUP HV / H,
+# ROOM the number of checkpoints: boundaries on the device may ask for more
+B, T, H, HV, K, V, N, SLOTS, POOL, INTERVAL, GROUP, ROOM = range(84, 96)
 # options; floats as the bits of the compute dtype
-SCALE, EPS, BOUND, RAW_GATE, SIGMOID_BETA, BETA_FACTOR, TILED, L2NORM = range(95, 103)
+SCALE, EPS, BOUND, RAW_GATE, SIGMOID_BETA, BETA_FACTOR, TILED, L2NORM = range(96, 104)
 # sequences outside of these lengths are left to another kernel
-MIN_LENGTH, MAX_LENGTH = 103, 104
+MIN_LENGTH, MAX_LENGTH = 104, 105
 # of the single kernel: scratch addresses and sizes, whatever it needs
-EXTRA = 105
-LENGTH = 111
+EXTRA = 106
+LENGTH = 112
 
 L2NORM_EPS = 1e-6
 NO_LIMIT = 2**31 - 1
@@ -86,7 +87,9 @@ def describe(problem, dtype=np.float32, min_length=0, max_length=None):
         desc += array_fields(view)
     slots = 0 if p.state_indices is None else p.state_indices.shape[1]
     pool = 0 if p.initial_state is None else p.initial_state.shape[0]
+    room = 0 if p.checkpoints is None else p.checkpoints.shape[0]
     desc += p.B, p.T, p.H, p.HV, p.K, p.V, p.N, slots, pool, p.checkpoint_interval, p.HV // p.H
+    desc += (room,)
     scale, eps, bound, factor = _float_options(dtype, p.scale, p.lower_bound, p.allow_neg_eigval)
     desc += scale, eps, bound, p.use_gate_in_kernel, p.use_beta_sigmoid_in_kernel, factor
     desc += p.head_order == "tiled", p.use_qk_l2norm_in_kernel

@@ -22,7 +22,8 @@ from nbdelta.cuda._call import (
 )
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import read_index
-from nbdelta.cuda._ptx import copy_async, int32, uint32, uint64
+from nbdelta.cuda._ptx import copy_async
+from nbdelta.cuda._tile_functions import int32, uint32, uint64
 from nbdelta.cuda._tiles import BLOCK, triangle
 
 # fields of the descriptor: what the kernels hand to each other, and the division into chunks

@@ -8,7 +8,8 @@ from nbdelta.cuda._call import BOUND, RAW_GATE
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import reader, real_field
 from nbdelta.cuda._memory_tiles import make_gate_sums, make_load_column
-from nbdelta.cuda._ptx import ex2, f32, int32, lg2, reciprocal, shuffle_up, store_shared, uint32
+from nbdelta.cuda._ptx import ex2, lg2, reciprocal, shuffle_up, store_shared
+from nbdelta.cuda._tile_functions import f32, int32, uint32
 from nbdelta.cuda._tiles import add_exactly
 
 LOG2E, LN2 = float32(log2(e)), float32(1 / log2(e))

@@ -65,21 +65,17 @@ from nbdelta.cuda._memory_tiles import make_decayed, make_square_sum, make_store
 from nbdelta.cuda._ptx import (
     commit_copies,
     ex2,
-    f32,
-    int32,
     load_shared,
     rsqrt,
     shared_address,
     store_global,
     store_shared,
     sync_warp,
-    u32,
-    uint32,
-    uint64,
     uniform,
     wait_for_copies,
 )
 from nbdelta.cuda._solve_tiles import PITCH, inverse, inverse_transposed, invert
+from nbdelta.cuda._tile_functions import f32, int32, u32, uint32, uint64
 from nbdelta.cuda._tiles import (
     BLOCK,
     make_block_product,
@@ -324,7 +320,8 @@ def intra_kernel(form, gate_dtype, wide):
         b, bos, eos = sequence(desc, seq)
         length = int32(eos - bos)
         start, count = chunk_span(desc, chunk - first_chunk(desc, seq), length, tokens)
-        if start >= length or not is_ours(desc, length):
+        # a number before the first sequence (whose boundaries may start late) has a negative start
+        if uint32(start) >= uint32(length) or not is_ours(desc, length):
             return
         first = bos + start
 

@@ -8,7 +8,7 @@ from nbdelta.cuda._call import put_array
 from nbdelta.cuda._jit import kernel, specialised
 from nbdelta.cuda._memory import fields, reader
 from nbdelta.cuda._memory_tiles import make_store_pair
-from nbdelta.cuda._ptx import f32, int32, uint64
+from nbdelta.cuda._tile_functions import f32, int32, uint64
 
 X, SIZES, OUT, STEP, LENGTH = 0, 6, 11, 12, 13
 THREADS = 256

@@ -26,6 +26,7 @@ from nbdelta.cuda._call import (
     HV,
     INTERVAL,
     KEY,
+    ROOM,
     VALUE,
     K,
     O,
@@ -34,6 +35,7 @@ from nbdelta.cuda._call import (
     array_at,
     at,
     divided,
+    first_checkpoint,
     sequence,
 )
 from nbdelta.cuda._chunk_form import (
@@ -57,17 +59,13 @@ from nbdelta.cuda._memory_tiles import make_state, make_store_elements, make_sto
 from nbdelta.cuda._ptx import (
     commit_copies,
     copy_async,
-    f32,
-    int32,
     load_shared,
     shared_address,
-    u32,
-    uint32,
-    uint64,
     uniform,
     wait_for_all_but_last_copies,
     wait_for_copies,
 )
+from nbdelta.cuda._tile_functions import f32, int32, u32, uint32, uint64
 from nbdelta.cuda._tiles import (
     make_columns,
     make_operand,
@@ -301,9 +299,7 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
             kept = array_at(desc, CHECKPOINTS)
             interval, slot = uint32(desc[INTERVAL]), uint32(0)
             if kept[0] != 0:
-                for m in range(seq):
-                    _, m_bos, m_eos = sequence(desc, m)
-                    slot = uint32(slot + divided(uint32(m_eos - m_bos), interval)[0])
+                slot = uint32(first_checkpoint(desc, seq) - 1)
             for i in range(chunks):
                 cuda.syncthreads()
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)
@@ -311,8 +307,9 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                 if kept[0] != 0:
                     start, count = chunk_span(desc, i, length, tokens)
                     nth, over = divided(uint32(start + count), interval)
-                    if over == 0:
-                        own = at(kept, slot + nth - 1, hv, 2 * c)
+                    number = uint32(slot + nth)
+                    if over == 0 and number < uint32(desc[ROOM]):
+                        own = at(kept, number, hv, 2 * c)
                         own += column * kept[5]
                         store_state(s, own, kept[4], kept[5], k_left, v_left)
             cuda.syncthreads()

@@ -5,7 +5,8 @@ The blocks of k k come transposed: rows are the earlier tokens, columns the late
 
 from functools import cache
 
-from nbdelta.cuda._ptx import registers, tile, u32
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._tile_functions import registers, u32
 from nbdelta.cuda._tiles import column_steps, difference, join, multiply_tile, split
 
 

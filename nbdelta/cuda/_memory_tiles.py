@@ -2,7 +2,8 @@
 
 from functools import cache
 
-from nbdelta.cuda._ptx import f32, i32, registers, tile, u32, u64, void
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._tile_functions import f32, i32, registers, u32, u64, void
 from nbdelta.cuda._tiles import difference, exact_sum, join, split
 
 

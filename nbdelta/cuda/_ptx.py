@@ -1,17 +1,12 @@
 """PTX instructions: the only file with inline PTX. `_lanes` is what the simulator does instead.
 
-Tile functions (see `tile`) are written once, in Python, over the vocabulary of `Ptx`, on lists of
-per-lane values. The loops in them run while code is made, so everything is unrolled and every
-register has its place.
+`Ptx` is the vocabulary of tile functions.
 """
-
-from inspect import Parameter, Signature
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 
-from nbdelta.cuda import _lanes
 from nbdelta.cuda._jit import SIMULATOR, intrinsic
 from nbdelta.cuda._lanes import (
     Lanes,
@@ -19,6 +14,7 @@ from nbdelta.cuda._lanes import (
     simulated_exchange,
     simulated_shared_address,
 )
+from nbdelta.cuda._tile_functions import f32, i32, tile_maker, u32, u64, void
 
 F32, F64, I16, I32, I64 = (
     ir.FloatType(),
@@ -89,22 +85,6 @@ def round_pair(builder, dtype, low, high):
     """Two float32 as a word of the nearest bfloat16 or float16."""
     kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
     return asm(builder, f"cvt.rn.{kind}x2.f32 $0, $2, $1;", [I32], [low, high], effect=False)[0]
-
-
-# -- tile functions
-
-f32, i32, u32, u64, void = types.float32, types.int32, types.uint32, types.uint64, types.void
-
-# for kernels: the simulator would make NumPy's numbers, which do not mix with wider ones
-if SIMULATOR:
-    int32, uint32, uint64 = _lanes.int32, _lanes.uint32, _lanes.uint64
-else:
-    int32, uint32, uint64 = i32, u32, u64
-
-
-def registers(n, type=f32):
-    """Type of a tuple of registers."""
-    return types.UniTuple(type, n)
 
 
 class Ptx:
@@ -329,55 +309,7 @@ def _kind_of(values):
     return "f32" if values[0].type == F32 else "b32"
 
 
-def tile(result, *operands):
-    """Make a tile function callable in kernels.
-
-    The function gets the vocabulary (`Ptx`, or its twin in the simulator) and a value for every
-    operand, a list of values for a tuple; it returns the same.
-    """
-
-    def make(function):
-        signature = result(*operands)
-
-        def simulated(*args):
-            values = [_simulated_operand(t, x) for t, x in zip(operands, args)]
-            with np.errstate(all="ignore"):  # a GPU does not warn
-                out = function(Lanes, *values)
-            return tuple(out) if isinstance(out, list) else out
-
-        def codegen(context, builder, signature, args):
-            values = [
-                [builder.extract_value(x, i) for i in range(t.count)]
-                if isinstance(t, types.UniTuple)
-                else x
-                for t, x in zip(operands, args)
-            ]
-            out = function(Ptx(builder), *values)
-            if result == void:
-                return context.get_dummy_value()
-            if isinstance(result, types.UniTuple):
-                return context.make_tuple(builder, signature.return_type, out)
-            return out
-
-        def typed(typingctx, *args):
-            return signature, codegen
-
-        # numba looks at the parameters of what it lowers
-        names = ["typingctx", *(f"x{i}" for i in range(len(operands)))]
-        kind = Parameter.POSITIONAL_OR_KEYWORD
-        typed.__signature__ = Signature([Parameter(name, kind) for name in names])
-        typed.__name__ = function.__name__
-        return intrinsic(simulated)(typed)
-
-    return make
-
-
-def _simulated_operand(t, x):
-    if isinstance(t, types.UniTuple):
-        return [_simulated_operand(t.dtype, y) for y in x]
-    if t in (f32, types.float64):
-        return np.dtype(str(t)).type(x)
-    return _lanes.uint64(x) if t == u64 else _lanes.uint32(x)
+tile = tile_maker(Ptx)
 
 
 # -- instructions by themselves

@@ -1,6 +1,7 @@
 """The inverse of a diagonal block, by substitution."""
 
-from nbdelta.cuda._ptx import registers, tile, u32, void
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._tile_functions import registers, u32, void
 
 PITCH = 80  # bytes of a row of an inverse, 16 float32 and a gap against bank conflicts
 

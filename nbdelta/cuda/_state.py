@@ -12,7 +12,13 @@ from llvmlite import ir
 from numba import types
 
 from nbdelta.cuda._jit import intrinsic
-from nbdelta.cuda._memory import ITEMSIZE, load_numbers, reader, store_numbers, writer
+from nbdelta.cuda._memory import (
+    ITEMSIZE,
+    load_numbers,
+    reader,
+    store_numbers,
+    writer,
+)
 from nbdelta.cuda._ptx import F32, F64, I64
 
 THREADS, WARP = 128, 32

@@ -15,7 +15,8 @@ warp reads lie lane by lane ("fragments"), 16 bytes each.
 
 from functools import cache
 
-from nbdelta.cuda._ptx import f32, registers, tile, u32, void
+from nbdelta.cuda._ptx import tile
+from nbdelta.cuda._tile_functions import f32, registers, u32, void
 
 BLOCK = 512  # bytes of a 16 x 16 fragment of 16-bit numbers
 

@@ -23,19 +23,11 @@ from nbdelta.cuda._backward_call import (
     BLOCK,
     BLOCKS,
     CHUNK,
-    DA_LOG,
-    DBETA,
-    DDT_BIAS,
     DERRORS,
-    DG,
-    DH0,
-    DHT,
-    DKEY,
-    DO,
-    DQ,
     DSTATES,
     ERRORS,
     FACTORS,
+    GRADIENTS,
     KEPT,
     PAIRS,
     RAW_G,
@@ -58,7 +50,7 @@ from nbdelta.cuda._backward_products import (
 from nbdelta.cuda._backward_scan import errors_kernel, scan_kernel
 from nbdelta.cuda._call import LENGTH, G, describe, put_array
 from nbdelta.cuda._chunk_form import PER_SEGMENT, SEGMENT, count_chunks
-from nbdelta.cuda._jit import place_of
+from nbdelta.cuda._jit import device_limits, place_of
 from nbdelta.cuda._memory import real_of
 from nbdelta.cuda.gate import fused_gate
 
@@ -78,7 +70,7 @@ def specialisations():
         ("weights", weights_kernel(dtype, do, False), weights_bytes(dtype)),
         ("reads, K 128", reads_kernel(dtype, do, 128, False), reads_bytes(dtype, 128)),
         ("channels, K 256", channels_kernel(dtype, gate, 256), channels_bytes(dtype, 256)),
-        ("heads", heads_kernel(dtype), 0),
+        ("heads, K 256", heads_kernel(dtype, 256), 0),
         ("gates", gates_kernel(real_of(dtype), True, False), 0),
         ("shares", shares_kernel(real_of(dtype), False), 0),
     ):
@@ -94,6 +86,20 @@ def _log_decay(p, real):
     return out
 
 
+def _expect_room(p, KP, index):
+    """Raise where a device has too little shared memory: for float64, 99 KB hold 64 channels."""
+    dtype, room = p.q.dtype, device_limits(index).shared
+    needed = max(
+        pairs_bytes(dtype, KP), shared_bytes(dtype, KP, 3), weights_bytes(dtype),
+        reads_bytes(dtype, KP), channels_bytes(dtype, KP),
+    )  # fmt: skip
+    if needed > room:
+        raise ValueError(
+            f"q: gradients in {dtype} with K = {p.K} need {needed} bytes of shared memory a block, "
+            f"{p.q.device} has {room}; float32 needs half"
+        )
+
+
 def chunk_gated_delta_rule_bwd(gradients):
     """Fill the gradients of a problem.
 
@@ -101,11 +107,17 @@ def chunk_gated_delta_rule_bwd(gradients):
     ----------
     gradients : Gradients
         A checked call, with what the forward pass kept.
+
+    Raises
+    ------
+    ValueError
+        Where the device has too little shared memory for float64.
     """
     grads, p = gradients, gradients.problem
     place, dtype, REAL = place_of(p.q), p.q.dtype, real_of(p.q.dtype)
     real = str(REAL)
     KP = 64 if p.K <= 64 else 128 if p.K <= 128 else 256
+    _expect_room(p, KP, place[0])
     chunks = count_chunks(p.T, p.N, CHUNK, 1, p.cu_seqlens is not None)
     desc = np.zeros(BACKWARD_LENGTH, np.int64)
     desc[:LENGTH] = describe(p, np.dtype(real))
@@ -115,11 +127,8 @@ def chunk_gated_delta_rule_bwd(gradients):
         FACTORS: 4, PAIRS: 2 * BLOCK, ERRORS: p.V, DERRORS: p.V, READS_Q: p.K, READS_K: p.K,
         WRITES: p.K,
     }  # fmt: skip
-    arrays = {
-        DO: grads.do, DHT: grads.dht, DQ: grads.dq, DKEY: grads.dk, DG: grads.dg,
-        DBETA: grads.dbeta, DH0: grads.dh0, DA_LOG: grads.dA_log, DDT_BIAS: grads.ddt_bias,
-        RAW_G: p.g, G: decay,
-    }  # fmt: skip
+    arrays = dict(zip(GRADIENTS, grads.arrays()))
+    arrays[RAW_G], arrays[G] = p.g, decay
     for index, numbers in of_tokens.items():
         arrays[index] = empty(p.q, (p.B, p.T, p.HV, numbers), real)
     arrays[DSTATES] = empty(p.q, (chunks, p.HV, p.K, p.V), real)
@@ -150,7 +159,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     launch(weights_kernel(dtype, do, wide), per_chunk, weights_bytes(dtype))
     launch(reads_kernel(dtype, do, KP, wide), 3 * per_chunk, reads_bytes(dtype, KP))
     launch(channels_kernel(dtype, gate, KP), per_chunk, channels_bytes(dtype, KP))
-    launch(heads_kernel(dtype), -(-p.B * p.T * p.H // WARPS), y=2)
+    launch(heads_kernel(dtype, KP), -(-p.B * p.T * p.H // WARPS), y=2)
     if p.g is not None:
         launch(gates_kernel(REAL, p.per_channel, wide), per_chunk)
     if summed:

@@ -13,15 +13,14 @@ from numba import cuda, types
 from nbdelta.cuda._call import put_array, put_float
 from nbdelta.cuda._jit import device, kernel, place_of, specialised
 from nbdelta.cuda._memory import (
-    element,
     fields,
     read_index,
     reader,
     real_field,
     real_of,
-    set_element,
     writer,
 )
+from nbdelta.cuda._shared import element, set_element
 
 THREADS = 128
 TILE, PITCH = 32, 33

@@ -37,6 +37,7 @@ from nbdelta.cuda._call import (
     MIN_LENGTH,
     POOL,
     RAW_GATE,
+    ROOM,
     SCALE,
     SIGMOID_BETA,
     SLOTS,
@@ -256,10 +257,11 @@ def _recurrent_kernel(REAL, DTYPE, STATE, form, VECTORS, MASKED, PER_CHANNEL, WI
             if desc[INTERVAL] != 0 and done % desc[INTERVAL] == 0:
                 kept = first_checkpoint(desc, n) + done // desc[INTERVAL] - 1
                 target = checkpoints[0] + kept * checkpoints[2] + hv * checkpoints[3]
-                store(
-                    *(state, target, checkpoints[4], checkpoints[5]),
-                    *(row, first + own, desc[K], desc[V]),
-                )
+                if kept < desc[ROOM]:
+                    store(
+                        *(state, target, checkpoints[4], checkpoints[5]),
+                        *(row, first + own, desc[K], desc[V]),
+                    )
         if ht[0] != 0 and not speculative:
             target = ht[0] + slot * ht[2] + hv * ht[3]
             store(state, target, ht[4], ht[5], row, first + own, desc[K], desc[V])

@@ -13,7 +13,8 @@ from numba import cuda, types
 from nbdelta.arrays import empty
 from nbdelta.cuda._call import put_array
 from nbdelta.cuda._jit import device, kernel, place_of, specialised
-from nbdelta.cuda._memory import DTYPES, element, fields, reader, real_of, set_element, writer
+from nbdelta.cuda._memory import DTYPES, fields, reader, real_of, writer
+from nbdelta.cuda._shared import element, set_element
 from nbdelta.cuda.chunk_cumsum import chunk_at, chunk_slots, merged
 
 THREADS = 64

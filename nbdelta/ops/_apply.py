@@ -1,0 +1,53 @@
+"""The way of a call of the rule from the public functions on."""
+
+import sys
+from typing import Any, TypeVar
+
+from nbdelta import repeat
+from nbdelta.arrays import Array, expect_no_tangent
+from nbdelta.dispatch import run
+from nbdelta.problem import prepare
+from nbdelta.structure import Arrays
+
+# the results are arrays of the kind of the first argument; `final_state` may be None all the same,
+# as in typeshed's own stubs, so that callers who asked for it need no assertion
+ArrayT = TypeVar("ArrayT", bound=Array)
+
+
+def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
+    """Make a call of the rule by the shortest way that it can go.
+
+    `arrays` are in the order of `nbdelta.structure.Arrays`, `options` are the algorithm, the scale,
+    and the rest in the order of `nbdelta.structure.Options`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and not isinstance(arrays[0], torch.Tensor):
+        torch = None
+    if torch is not None:
+        if torch.autograd.forward_ad._current_level >= 0:
+            for name, x in zip(Arrays._fields, arrays):
+                expect_no_tangent(x, name)
+        if torch.is_autocast_enabled("cpu" if arrays[0].is_cpu else arrays[0].device.type):
+            from nbdelta.torch import autocast
+
+            arrays = autocast(arrays)
+        if torch.compiler.is_compiling():
+            return _recorded(arrays, options)
+    results = repeat.results_of(arrays, options)
+    if results is None:
+        if torch is not None and torch.is_grad_enabled():
+            if any([isinstance(x, torch.Tensor) and x.requires_grad for x in arrays]):
+                return _recorded(arrays, options)
+        algorithm, *others = options
+        problem = prepare(arrays, others)
+        run(problem, str(algorithm))
+        repeat.remember(arrays, options, problem)
+        results = problem.results()
+    return results
+
+
+def _recorded(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
+    """Make a call that PyTorch has to know of."""
+    from nbdelta.torch import rule
+
+    return rule(arrays, options)
