@@ -23,54 +23,28 @@ from nbdelta.structure import Arrays, Options
 STAGES = {
     "states in and out": ("load_states", "_store_states", "_load_state", "_store_state"),
     "rows, norms, packing": (
-        *(
-            "token_rows",
-            "norms",
-            "pack_columns",
-            "pair_rows",
-            "round_rows",
-            "double_rows",
-            "_output_rows",
-            "_store_output",
-            "store_row",
-        ),
-        *("_load_vector", "dot_row", "load_row"),
+        *("token_rows", "norms", "pack_columns", "pair_rows", "round_rows"),
+        *("_output_rows", "_store_output", "_load_vector", "dot_row", "load_row", "store_row"),
     ),
     "gates and their products": (
         *("load_beta", "_load_token_gates", "gate_products", "multiply_row", "fill_row"),
-        *(
-            "load_tokens",
-            "load_bias",
-            "gate_factor",
-            "apply_gate",
-            "key_panels",
-            "query_panels",
-            "key_tile",
-            "query_tile",
-            "suffix_tile",
-        ),
-        *("suffix_rows", "_channel_gates", "_head_gate", "_load_beta"),
+        *("load_tokens", "load_bias", "gate_factor", "apply_gate", "key_tile", "query_tile"),
+        *("suffix_tile", "_channel_gates", "_head_gate", "_load_beta"),
     ),
     "Gram matrices k.k and q.k": (
-        "product",
-        "apply_norms",
-        "decay_pairs",
-        "_pairs",
-        "transpose_square",
+        *("product", "transpose_square", "apply_norms", "decay_pairs", "_pairs"),
     ),
+    # a matrix unit multiplies K and Q with S at once
     "U = (I + A)^-1 (beta V - beta e^G K S)": ("first_product", "multiply_two"),
     "O = scale (e^G Q S + P U)": ("second_product",),
     "S = e^G_last S + (K e^(G_last - G))^T U": (
-        "third_product",
-        "multiply_rows",
-        "add_products",
-        "words_of",
+        *("third_product", "_update", "finish_updates", "keep_update", "words_of"),
     ),
     "step of the state, and output": ("step", "step_v_first"),
 }
 _STAGE_OF = {name: i for i, names in enumerate(STAGES.values()) for name in names}
 # functions of several stages, which have a clock inside
-_LOOKED_INTO = {"key_head", "_key_head_of_squares", "head_gates", "channel_gates", "value_strips"}
+_LOOKED_INTO = {"key_head", "head_gates", "channel_gates", "value_strips"}
 # Counter of a whole kernel, and place of the first one: behind what a kernel on one thread knows.
 WHOLE, COUNTERS = len(STAGES), _call.NEXT + 8
 _KEY = "clocked", int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12], 16)

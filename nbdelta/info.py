@@ -38,6 +38,7 @@ def report():
         ("compiled for", _target),
         ("CPU features", _features),
         ("vectors", _vectors),
+        ("bfloat16", _halves),
         ("threads", _threads),
         ("cache", _cache),
         ("CUDA", _cuda),
@@ -95,6 +96,13 @@ def _vectors():
 
     bits, registers = _simd.vector_unit()
     return f"{registers} registers of {bits} bits"
+
+
+def _halves():
+    from nbdelta.cpu import _matrix_unit
+
+    names = ("in float32", "by dot products of pairs", "on the matrix unit (AMX)")
+    return f"q, k and v multiplied {names[_matrix_unit.unit_of_halves()]}"
 
 
 def _threads():

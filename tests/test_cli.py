@@ -24,7 +24,7 @@ from nbdelta import (
     shapes,
     warmup,
 )
-from nbdelta.cpu import _chunk_panels, chunk, recurrent
+from nbdelta.cpu import _chunk_panels, _chunk_strips, chunk, recurrent
 
 pytest.importorskip("rich")
 TINY = ["--tokens", "40", "--new-tokens", "3", "--layers", "2", "--hidden-size", "64"]
@@ -227,7 +227,7 @@ def test_explain(short_bench, monkeypatch, capsys, layer, T, stages):
 
 
 def test_stages_name_what_the_kernels_call():
-    sources = (chunk, recurrent, _chunk_panels)
+    sources = (chunk, recurrent, _chunk_panels, _chunk_strips)
     calls = {
         node.func.id
         for module in sources
