@@ -1,8 +1,9 @@
 """One token on one state, where the state lies.
 
 A step reads the state front to back for the sums S^T e^g k and S^T e^g q, and writes it back to
-front, since what was read last is still in the cache. Each pass fetches half a state: the second
-half of this one, then the first half of the one behind it. Source and target may be the same.
+front, since what was read last is still in the cache. With `far` each pass fetches half a state:
+the second half of this one, then the first half of the one behind it. Source and target may be the
+same.
 
 All forms of the same numbers in memory give the same bits: every sum goes over the keys in order.
 ``STATE`` is the NumPy type of the numbers of the state, ``np.uint16`` for bfloat16.
@@ -26,7 +27,7 @@ from nbdelta.cpu._step_tiles import (
 
 @njit()
 def step(
-    REAL, STATE, source, step, target, target_step, K, V, k, gated, v, beta, scale, qk, sums, o
+    REAL, STATE, source, step, target, target_step, K, V, far, k, gated, v, beta, scale, qk, sums, o
 ):  # fmt: skip
     """One token on a state [K, V] with contiguous values, a multiple of 16 of them."""
     SIZE, half = itemsize(REAL), V * itemsize(STATE) // 2
@@ -35,12 +36,12 @@ def step(
     # registers of sums are to be aligned where those of the state are
     sums += source % LINE
     zero_rows(REAL, sums, 2 * V // W)
-    ahead = source + K * half
+    ahead, reach = source + K * half * far, ROWS * half * far
     i = 0
     while i + ROWS <= K:
         rows, at = source + i * step, gated + i * SIZE
         read_rows(REAL, STATE, rows, step, V, at, key, sums, second, ahead)
-        ahead += ROWS * half
+        ahead += reach
         i += ROWS
     while i < K:
         rows, at = source + i * step, gated + i * SIZE
@@ -57,24 +58,24 @@ def step(
         write_rows(
             REAL, STATE, rows, step, written, target_step, V, k + at, decay + at, sums, ahead
         )
-        ahead += ROWS * half
+        ahead += reach
 
 
 @njit()
 def step_v_first(
-    REAL, STATE, source, step, target, target_step, K, V, k, gated, v, beta, scale, qk, sums, o
+    REAL, STATE, source, step, target, target_step, K, V, far, k, gated, v, beta, scale, qk, sums, o
 ):  # fmt: skip
     """One token on a state [V, K] with contiguous keys; K and V are multiples of 16."""
     SIZE, half = itemsize(REAL), K * itemsize(STATE) // 2
     key, second = K * SIZE, V * SIZE
     zero_rows(REAL, sums, 2 * V // W)
-    ahead = source + V * half
+    ahead, reach = source + V * half * far, W * half * far
     for i in range(0, V, W):
         rows, at = source + i * step, sums + i * SIZE
         read_values(REAL, STATE, rows, step, K, gated, key, at, second, ahead)
-        ahead += W * half
+        ahead += reach
     finish_sums(REAL, REAL, v, beta, scale, qk, V, sums, o)
     for i in range(V - W, -1, -W):
         rows, written, d = source + i * step, target + i * target_step, sums + i * SIZE
         write_values(REAL, STATE, rows, step, written, target_step, K, k, gated + 2 * key, d, ahead)
-        ahead += W * half
+        ahead += reach

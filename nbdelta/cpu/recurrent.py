@@ -27,6 +27,7 @@ from nbdelta.cpu._call import (
     CU_SEQLENS,
     DT_BIAS,
     EPS,
+    FAR,
     FIRST,
     H0,
     HT,
@@ -86,6 +87,8 @@ SERIAL_BYTES = 1 << 18
 BRIEF_BYTES = 1 << 22
 # of a thread between two looks at what Python has to say: about 0.2 s
 BATCH_BYTES = 1 << 31
+# states of a thread that stay in its caches from call to call: nothing is fetched ahead then
+NEAR_BYTES = 1 << 20
 
 
 def layout(base, SIZE, KP, VP):
@@ -201,7 +204,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
         h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
         checkpoints = array_at(desc, CHECKPOINTS)
         interval, speculative = desc[INTERVAL], desc[ACCEPTED] != 0
-        nk, nv = desc[K], desc[V]
+        nk, nv, far = desc[K], desc[V], desc[FAR]
         KP, VP = (nk + W - 1) // W * W, (nv + W - 1) // W * W
         scale, eps = REAL(real(desc, SCALE)), real(desc, EPS)
         state = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
@@ -260,7 +263,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                 if OTHER:
                     if in_its_form:
                         args = (
-                            nk, nv, k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                            nk, nv, far, k_row, gated, v_row, beta, scale, qk, sums, o_row,
                         )  # fmt: skip
                         if V_FIRST:
                             step_v_first(REAL, STATE, source, h0[5], target, ht[5], *args)
@@ -274,8 +277,8 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
                 step(
-                    REAL, REAL, source, source_step, target, target_step, nk, VP, k_row, gated,
-                    v_row, beta, scale, qk, sums, o_row,
+                    REAL, REAL, source, source_step, target, target_step, nk, VP, far,
+                    k_row, gated, v_row, beta, scale, qk, sums, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
                 store_row(REAL, o[1], o_row, nv, at(o, b, t, hv), o[5])
@@ -337,6 +340,7 @@ def job_of(problem, max_length=None):
     kernel = _recurrent_kernel(REAL, p.per_channel, *form_of(p))
     scratch = layout(0, SIZE, -(-p.K // W) * W, -(-p.V // W) * W)[-1]
     size = p.B * p.T * p.HV * p.K * p.V * SIZE
+    desc[FAR] = p.N * p.HV * p.K * p.V * SIZE > NEAR_BYTES * thread_count()
     return Job(kernel, array("q", desc.tobytes()), p.N * p.HV, scratch, size, starts)
 
 
