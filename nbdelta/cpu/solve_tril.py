@@ -37,7 +37,7 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import W, claim, itemsize, read_int64, tile_rows
 from nbdelta.cpu._solve_tiles import invert, solve
-from nbdelta.cpu._team import run, thread_count
+from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._tiles import pack_columns
 from nbdelta.cpu.chunk_cumsum import chunk_bounds, offsets
 
@@ -169,12 +169,16 @@ def _run(matrix, b, out, axes, table, rows, columns, unit_diagonal):
     desc[K], desc[V] = rows, columns
     flops = len(table) * rows * rows * columns
     threads, strips = thread_count() if flops >= SERIAL_FLOPS else 1, -(-columns // W)
-    parts = min(strips, -(-threads // len(table)))
+    # columns go their own way where threads, or looks at the keyboard, are more than matrices
+    parts = min(strips, max(-(-threads // len(table)), rows * rows * columns // BATCH_FLOPS))
     per_part = -(-strips // parts)
     parts = -(-strips // per_part)
     desc[PARTS] = parts
     scratch = layout(0, np.dtype(REAL).itemsize, rows, per_part)[-1]
-    run(_solve_kernel(REAL), desc, len(table) * parts, scratch, threads, flops < BRIEF_FLOPS)
+    brief, items = flops < BRIEF_FLOPS, len(table) * parts
+    # a small matrix takes twice as long as its flops
+    flops = 2 * flops // items
+    run(_solve_kernel(REAL), desc, items, scratch, threads, brief, flops=flops)
 
 
 def _chunks(shape, strides, out_strides, cu_seqlens=None):
