@@ -1,15 +1,13 @@
 """What docs/reliability.md promises: every case in a process of its own."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
-from processes import ALL_FUNCTIONS, finish, run, start
+from processes import ALL_FUNCTIONS, run
 
 # ---- threads ----
 
@@ -207,38 +205,7 @@ def test_five_thousand_short_sequences():
     )
 
 
-# ---- interrupts and memory ----
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way")
-@pytest.mark.parametrize(("rule", "T"), [("chunk_kda", 200_000), ("fused_recurrent_kda", 200_000)])
-def test_ctrl_c_during_a_long_call(rule, T):
-    """The call ends within a second of the signal, and the next one works."""
-    process = start(
-        f"""
-        import sys, time
-        import numpy as np, nbdelta
-        x = np.broadcast_to(np.full((1, 1, 1, 128), 0.05, np.float32), (1, {T}, 64, 128))
-        small, g = x[:, :64, :1], np.broadcast_to(-x[:, :1, :1], x.shape)
-        nbdelta.{rule}(small, small, small, -small, None)
-        v, out = x[..., :16], np.zeros((1, {T}, 64, 16), np.float32)
-        out += 1  # its pages are there before the clock starts
-        print("begun", flush=True)
-        try:
-            nbdelta.{rule}(x, x, v, g, None, out=out)
-        except KeyboardInterrupt:
-            print("interrupted", time.monotonic(), flush=True)
-        assert np.isfinite(nbdelta.{rule}(small, small, small, -small, None)[0]).all()
-        """
-    )
-    assert process.stdout.readline() == "begun\n"
-    time.sleep(0.7)
-    sent = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    out, _ = finish(process)
-    word, at = out.split()
-    assert word == "interrupted"
-    assert float(at) - sent < 1.0
+# ---- memory ----
 
 
 def test_ten_thousand_calls_grow_by_less_than_two_megabytes():

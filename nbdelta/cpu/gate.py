@@ -126,7 +126,8 @@ def _gate_kernel(REAL):
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
                 break
-            block, hv, b = item % blocks, item // blocks % desc[HV], item // blocks // desc[HV]
+            # heads vary fastest: they usually lie side by side, in the same pages of memory
+            hv, block, b = item % desc[HV], item // desc[HV] % blocks, item // desc[HV] // blocks
             if hv != loaded:
                 _load_lanes(REAL, desc, hv, n, bias, factors)
                 loaded = hv
