@@ -5,7 +5,9 @@
 before or after behaves the same, and a model class imported later is served too.
 """
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import re
 import sys
@@ -29,22 +31,65 @@ _BOUNDARIES = "_nbdelta_boundaries"
 _STATIC_ADDRESS = "_dynamo_static_input_type"
 
 _lock = threading.RLock()
+_held = []  # what enable() returned, until the end of its block or disable()
 _patches = []  # (module, function name, original, served)
 _said = set()
 
 
 class _Enabled:
-    """What ``enable()`` returns: leaving its block restores what was there before it."""
+    """What ``enable()`` returns; a block of it that ends takes back that call of ``enable()``."""
 
-    def __init__(self, was_enabled):
-        self._was_enabled = was_enabled
+    def __init__(self):
+        self._entered = False
 
     def __enter__(self):
+        with _lock:
+            first, self._entered = not self._entered, True
+            counted = first and self in _held
+        if not counted:
+            _hold(self)
         return self
 
     def __exit__(self, *error):
-        if not self._was_enabled:
-            disable()
+        _release(self)
+
+
+def _hold(enabled):
+    """Patch all models for what ``enable()`` returned, or, if that fails, leave all as it was."""
+    try:
+        with _lock:
+            _held.append(enabled)
+            if _hook not in sys.meta_path:
+                # before the scan, so that a module imported meanwhile is not missed
+                sys.meta_path.insert(0, _hook)
+        for module in _modeling_modules():
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                # another thread had begun to import it, and may need the lock to end that; if that
+                # fails, it fails there
+                with contextlib.suppress(Exception):
+                    importlib.import_module(module.__name__)
+        with _lock:
+            if enabled in _held:  # no other thread has disabled it meanwhile
+                for module in _modeling_modules():
+                    _patch(module)
+    except BaseException:
+        _release(enabled)
+        raise
+
+
+def _modeling_modules():
+    """Models of transformers that are imported, or about to be."""
+    modules = sys.modules.copy().items()
+    return [x for name, x in modules if x is not None and _MODELING.fullmatch(name)]
+
+
+def _release(enabled):
+    """Restore every function unless someone else holds them."""
+    with _lock:
+        if enabled in _held:
+            _held.remove(enabled)
+            if not _held:
+                disable()
 
 
 def enable():
@@ -65,8 +110,9 @@ def enable():
     Returns
     -------
     context manager
-        ``with enable(): ...`` disables at the end of the block, unless an outer ``enable()`` is
-        still in force. As a plain call the result may be dropped.
+        ``with enable(): ...`` ends with the block. As a plain call, whose result may be dropped, it
+        lasts until ``disable()``. Models are served as long as one of either is in force, in
+        whatever thread; ``disable()`` ends all of them.
 
     See Also
     --------
@@ -82,20 +128,19 @@ def enable():
         raise ImportError(
             "nbdelta.transformers.enable() needs transformers: pip install transformers"
         )
-    with _lock:
-        was_enabled = _hook in sys.meta_path
-        if not was_enabled:
-            # before the scan, so that a module imported meanwhile is not missed
-            sys.meta_path.insert(0, _hook)
-        for name, module in list(sys.modules.items()):
-            if _MODELING.fullmatch(name):
-                _patch(module)
-    return _Enabled(was_enabled)
+    enabled = _Enabled()
+    _hold(enabled)
+    return enabled
 
 
 def disable():
-    """Restore every function that ``enable()`` replaced; without effect when nothing is enabled."""
+    """Restore every function that ``enable()`` replaced; without effect when nothing is enabled.
+
+    It ends plain calls of ``enable()`` and blocks in any thread; such a block then ends without
+    effect on what was enabled since.
+    """
     with _lock:
+        _held.clear()
         if _hook in sys.meta_path:
             sys.meta_path.remove(_hook)
         for module, name, original, served in _patches:

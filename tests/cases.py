@@ -141,6 +141,14 @@ def relayout(x, layout):
     raise ValueError(layout)
 
 
+def repeat(x, axis):
+    """Return an array with the first number along an axis in the place of all: its stride is 0."""
+    if x is None:
+        return x
+    first = x[tuple(slice(0, 1) if i == axis else slice(None) for i in range(x.ndim))]
+    return np.broadcast_to(first, x.shape)
+
+
 def multiplies_halves(dtype):
     """Whether a test's products are made in 16 bits; replaced by the fixture `device`."""
     return False

@@ -8,6 +8,7 @@ import textwrap
 ALL_FUNCTIONS = """
 import hashlib, sys, threading
 import numpy as np
+import torch
 import nbdelta
 from nbdelta.testing import make_inputs
 
@@ -20,6 +21,10 @@ def calls():
     L = np.tril(rng.standard_normal((3, 20, 20))).astype(np.float32) + 5 * np.eye(20, dtype="f4")
     b = rng.standard_normal((3, 20, 7)).astype(np.float32)
     do = np.ones_like(kda["v"])
+    def autograd():
+        leaves = {n: torch.from_numpy(x).requires_grad_() for n, x in kda.items()}
+        nbdelta.gated_delta_rule(**leaves)[0].sum().backward()
+        return tuple(x.grad.numpy() for x in leaves.values())
     return [
         lambda: nbdelta.chunk_gated_delta_rule(**gda),
         lambda: nbdelta.fused_recurrent_gated_delta_rule(**gda),
@@ -27,6 +32,7 @@ def calls():
         lambda: nbdelta.fused_recurrent_kda(**kda),
         lambda: nbdelta.gated_delta_rule(**kda),
         lambda: nbdelta.chunk_gated_delta_rule_bwd(**kda, do=do),
+        autograd,
         lambda: nbdelta.chunk_local_cumsum(x, 16),
         lambda: nbdelta.solve_tril(A),
         lambda: nbdelta.solve_triangular(L, b),

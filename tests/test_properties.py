@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cases import (
     DTYPES,
+    GATES,
     LAYOUTS,
     OPTIONS,
     arguments,
@@ -14,6 +15,7 @@ from cases import (
     assert_same_bits,
     cu_seqlens,
     relayout,
+    repeat,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,8 @@ from nbdelta.testing import Shape, allowed_error, as_dtype, make_inputs, rel_l2
 
 pytestmark = pytest.mark.usefixtures("device")
 
+RULE_ARRAYS = ("q", "k", "v", "g", "beta", "initial_state")
+SPECIALS = [0.0, -0.0, 1e-40, -1e-310, 1e30, -1e30, np.inf, -np.inf, np.nan]
 head_dims = st.one_of(st.integers(1, 40), st.sampled_from([60, 64, 96, 100, 128]))
 
 
@@ -49,12 +53,15 @@ def shapes(draw, max_tokens=100):
     seed=st.integers(0, 1000),
     log_decay=st.sampled_from([None, None, 0.0, "mixed", -316.0]),
     beta_max=st.sampled_from([1.0, 2.0]),
-    layouts=st.lists(st.sampled_from([None, *LAYOUTS]), min_size=5, max_size=5),
+    layouts=st.lists(st.sampled_from([None, *LAYOUTS]), min_size=6, max_size=6),
+    repeated=st.lists(st.tuples(st.sampled_from(RULE_ARRAYS), st.integers(0, 2)), max_size=2),
 )
-def test_rules(shape, option, gate, dtype, rule, seed, log_decay, beta_max, layouts):
+def test_rules(shape, option, gate, dtype, rule, seed, log_decay, beta_max, layouts, repeated):
     call = arguments(option, shape, gate, dtype, seed, log_decay=log_decay, beta_max=beta_max)
-    for name, layout in zip(("q", "k", "v", "g", "beta"), layouts, strict=True):
-        call[name] = relayout(call[name], layout)
+    for name, layout in zip(RULE_ARRAYS, layouts, strict=True):
+        call[name] = relayout(call.get(name), layout)
+    for name, axis in repeated:
+        call[name] = repeat(call[name], axis)
     result = getattr(nbdelta, rule)(**call)
     assert_matches(result, naive.gated_delta_rule(**call), dtype, hard_gates=True)
 
@@ -92,19 +99,29 @@ def test_packed_equals_alone(lengths, gate, rule, interval, seed):
     dtype=st.sampled_from(DTYPES),
     chunk_size=st.integers(1, 70),
     reverse=st.booleans(),
-    layout=st.sampled_from(LAYOUTS),
+    scale=st.sampled_from([None, 0.3, -2.0, 1e-20]),
+    layout=st.sampled_from([None, *LAYOUTS]),
 )
-def test_cumsum(data, dtype, chunk_size, reverse, layout):
+def test_cumsum(data, dtype, chunk_size, reverse, scale, layout):
     shape = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     shape[axis] = data.draw(st.integers(0, 150))
     x = np.random.default_rng(0).standard_normal(shape)
-    x = as_dtype(x, dtype)
-    options = {"axis": axis, "reverse": reverse}
-    y = nbdelta.chunk_local_cumsum(relayout(x, layout), chunk_size, **options)
+    x = relayout(as_dtype(x, dtype), layout)
+    repeated = data.draw(st.sampled_from([None, *range(len(shape))]))
+    if repeated is not None:
+        x = repeat(x, repeated)
+    options = {"axis": axis, "reverse": reverse, "scale": scale}
+    if data.draw(st.booleans()):
+        inner = data.draw(st.lists(st.integers(0, shape[axis]), max_size=4))
+        options["cu_seqlens"] = np.array([0, *sorted(inner), shape[axis]])
+    y = nbdelta.chunk_local_cumsum(x, chunk_size, **options)
     reference = naive.chunk_local_cumsum(x, chunk_size, **options)
-    size = naive.chunk_local_cumsum(np.abs(x), chunk_size, **options)
-    assert (np.abs(y - reference) <= 1e-6 * size).all()
+    size = np.abs(naive.chunk_local_cumsum(np.abs(x), chunk_size, **options))
+    # equal numbers are rounded the same way at every step, to float32's 2^-24 each
+    equal = repeated is not None and repeated == axis % len(shape)
+    allowed = max(1e-6, chunk_size * 2.0**-24) if equal else 1e-6
+    assert (np.abs(y - reference) <= allowed * size).all()
 
 
 @given(
@@ -113,28 +130,84 @@ def test_cumsum(data, dtype, chunk_size, reverse, layout):
     batch=st.integers(1, 3),
     unit=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    layouts=st.tuples(st.sampled_from([None, *LAYOUTS]), st.sampled_from([None, *LAYOUTS])),
+    repeated=st.tuples(st.booleans(), st.sampled_from([None, 0, 1, 2])),
 )
-def test_solve_triangular(n, m, batch, unit, dtype, layouts):
+def test_solve_triangular(n, m, batch, unit, dtype, layouts, repeated):
     rng = np.random.default_rng(n)
     L = as_dtype(rng.standard_normal((batch, n, n)) / (2.0 * np.sqrt(n)) + np.eye(n), dtype)
     b = as_dtype(rng.standard_normal((batch, n, m)), dtype)
+    L, b = relayout(L, layouts[0]), relayout(b, layouts[1])
+    if repeated[0]:
+        L = repeat(L, 0)
+    if repeated[1] is not None:
+        b = repeat(b, repeated[1])
     reference = naive.solve_triangular(L, b, unit_diagonal=unit)
-    x = nbdelta.solve_triangular(
-        relayout(L, layouts[0]), relayout(b, layouts[1]), unit_diagonal=unit
-    )
+    x = nbdelta.solve_triangular(L, b, unit_diagonal=unit)
     assert rel_l2(x, reference, 0) <= allowed_error(reference, dtype, 0)
 
 
 @given(
     T=st.integers(0, 150),
     BT=st.sampled_from([16, 32, 64]),
+    cuts=st.none() | st.lists(st.integers(0, 150), max_size=4),
     dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from([None, *LAYOUTS]),
+    repeated=st.sampled_from([None, 0, 1, 2]),
 )
-def test_solve_tril(T, BT, dtype, layout):
-    A = np.random.default_rng(T).standard_normal((2, T, 2, BT)) / 10.0
-    A = as_dtype(A, dtype)
-    reference = naive.solve_tril(A)
-    Ai = nbdelta.solve_tril(relayout(A, layout))
+def test_solve_tril(T, BT, cuts, dtype, layout, repeated):
+    A = np.random.default_rng(T).standard_normal((2 if cuts is None else 1, T, 2, BT)) / 10.0
+    A, bounds = relayout(as_dtype(A, dtype), layout), None
+    if repeated is not None:
+        A = repeat(A, repeated)
+    if cuts is not None:
+        bounds = np.array([0, *sorted(min(cut, T) for cut in cuts), T])
+    reference = naive.solve_tril(A, cu_seqlens=bounds)
+    Ai = nbdelta.solve_tril(A, cu_seqlens=bounds)
     assert rel_l2(Ai, reference) <= allowed_error(reference, dtype)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(1, 5), st.integers(1, 40)),
+    gate=st.sampled_from(GATES),
+    dtype=st.sampled_from(DTYPES),
+    parameters=st.sampled_from(DTYPES),
+    bias=st.sampled_from([None, "per-head", "per-channel"]),
+    with_A_log=st.booleans(),
+    lower_bound=st.sampled_from([None, -5.0, -0.1]),
+    layout=st.sampled_from([None, *LAYOUTS]),
+    repeated=st.sampled_from([None, 0, 1, 2]),
+    step=st.sampled_from([1, 3, -1, 0]),
+    specials=st.lists(st.sampled_from(SPECIALS), max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_fused_gate(
+    shape, gate, dtype, parameters, bias, with_A_log, lower_bound, layout, repeated, step, specials,
+    seed,
+):  # fmt: skip
+    """Element by element: the smallest decays count as much as the largest."""
+    B, T, HV, K = shape
+    rng = np.random.default_rng(seed)
+
+    def parameter(n):
+        values = as_dtype(rng.uniform(-1.0, 0.5, max(n * abs(step), 1)), parameters)
+        return np.broadcast_to(values, n) if step == 0 else values[::step]
+
+    x = rng.uniform(-8.0, 8.0, (B, T, HV, K)[: 3 if gate == "gda" else 4])
+    with np.errstate(over="ignore"):
+        x = as_dtype(x, dtype)
+        for value in specials if x.size else ():
+            x[tuple(rng.integers(x.shape))] = value
+    x = relayout(x, layout)
+    if repeated is not None:
+        x = repeat(x, repeated)
+    A_log = parameter(HV) if with_A_log else None
+    dt_bias = parameter(HV * K if bias == "per-channel" and gate == "kda" else HV)
+    if bias is None:
+        dt_bias = None
+    g = nbdelta.fused_gate(x, A_log, dt_bias, lower_bound=lower_bound)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reference = naive.fused_gate(x, A_log, dt_bias, lower_bound=lower_bound).astype(g.dtype)
+    exact = dtype == "float64"
+    # float32 has few bits for decays below 2^-126
+    np.testing.assert_allclose(g, reference, rtol=1e-13 if exact else 4e-6, atol=1e-37)

@@ -27,19 +27,6 @@ I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
-class _BFloat16(ir.types._BaseFloatType):
-    """LLVM's type of bfloat16, which llvmlite does not have."""
-
-    null, intrinsic_name = "0.0", "bf16"
-
-    def __str__(self):
-        return "bfloat"
-
-
-_BFloat16._create_instance()
-
-BF16 = _BFloat16()
-
 _LN2 = Fraction("0.693147180559945309417232121458176568")
 
 _AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4", "znver5")
@@ -327,8 +314,9 @@ class Emitter:
         """Round a vector to bfloat16, to nearest."""
         lanes = x.ir.type.count
         if DOTS_BFLOAT16:
-            kind = ir.VectorType(I16, lanes)
-            return self.b.bitcast(self.b.fptrunc(x.ir, ir.VectorType(BF16, lanes)), kind)
+            # for such an instruction of its own LLVM 15 calls a function that is nowhere
+            kind = ir.FunctionType(ir.VectorType(I16, lanes), [x.ir.type])
+            return self.b.call(ir.InlineAsm(kind, "vcvtneps2bf16 $1, $0", "=v,v"), [x.ir])
         return self._bfloat16_bits(x.ir, lanes)
 
     def store_halves(self, halves, address, offset=0):

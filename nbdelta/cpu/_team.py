@@ -104,7 +104,7 @@ class _Team:
         self.words = np.zeros(64, np.int64)
         self.address = self.words.ctypes.data
         self.alarm = queue.SimpleQueue()
-        self.helpers = []
+        self.helpers, self.wanted = [], 0
         self.last = 0.0
         atexit.register(self.stop)
 
@@ -122,14 +122,23 @@ class _Team:
         self.last = time.perf_counter()
 
     def start(self, count):
-        with _lock:
-            while len(self.helpers) < count:
-                worker = len(self.helpers) + 1
-                helper = threading.Thread(target=self.help, args=(worker,), daemon=True)
-                self.helpers.append(helper)
-                helper.start()
+        """Start helpers; they enter the list themselves, as an interrupt may come at any step here.
 
-    def help(self, worker):
+        Of calls at the same time each may start all that it misses: those too many end at once.
+        """
+        self.wanted = max(self.wanted, count)
+        for _ in range(count - len(self.helpers)):
+            try:
+                threading.Thread(target=self.help, daemon=True).start()
+            except RuntimeError:  # no more threads to be had: fewer do the work, or one
+                return
+
+    def help(self):
+        with _lock:
+            worker = len(self.helpers) + 1
+            if worker > self.wanted:
+                return
+            self.helpers.append(threading.current_thread())
         while not self.words[STOP]:
             self.serve(self.address, worker)
             self.alarm.get()
@@ -179,8 +188,9 @@ def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, 
     address : int, optional
         Of the descriptor, where the caller knows it.
     flops : int
-        Of one item, if they are many. The call then comes back to Python several times a second,
-        where an interrupt from the keyboard is noticed; no item is left half done.
+        Of one item, or what takes as long, if the call may be long. It then comes back to Python
+        several times a second, where an interrupt from the keyboard is noticed; no item is left
+        half done.
     """
     if items == 0:
         return

@@ -223,6 +223,8 @@ def chunk_gated_delta_rule_bwd(gradients):
     KP, VP, size = -(-p.K // W) * W, -(-p.V // W) * W, np.dtype(REAL).itemsize
     block_step = layout(0, size, KP, VP, 0, False).end + W * size
     scratch = work_layout(0, size, KP, VP, p.HV // p.H, p.per_channel, block_step).end
-    run(_backward_kernel(REAL, p.per_channel), desc, p.N * p.H, scratch, thread_count())
+    items = p.N * p.H
+    flops = 24 * KP * VP * p.HV * p.B * p.T // max(1, items)
+    run(_backward_kernel(REAL, p.per_channel), desc, items, scratch, thread_count(), flops=flops)
     if desc[DA_LOG]:
         _sum_kernel(p.per_channel)(desc.ctypes.data, 0)

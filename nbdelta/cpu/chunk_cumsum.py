@@ -64,6 +64,9 @@ ROW = 2048
 LARGE, LONG_RUN = 1 << 23, 1 << 11
 # bytes below which the work is not shared, and numbers below which no thread is woken for it
 SERIAL_BYTES, BRIEF = 1 << 18, 1 << 20
+# numbers of an item of work at the most, but for one unit; what one of them costs at the worst, in
+# flops of a matrix product
+NUMBERS, FLOPS = 1 << 18, 240
 
 
 def chunk_bounds(length, chunk_size, cu_seqlens=None):
@@ -356,7 +359,8 @@ def _plan(shape, strides, out_strides, dtypes, chunk_size, axis, cu_seqlens, thr
     width = max(tile, most // tile * tile)
     per_block = -(-lanes // width)
     units = len(blocks) * per_block
-    per_item = max(1, units // (32 * threads))
+    numbers = max(1, math.prod(shape) // units)
+    per_item = max(1, min(units // (32 * threads), NUMBERS // numbers))
     desc = np.zeros(LENGTH, np.int64)
     desc[G + 1 : G + 5] = DTYPES.index(dtypes[0]), step.x, lane.x, piece.x
     desc[O + 1 : O + 4] = DTYPES.index(dtypes[1]), step.out, lane.out
@@ -399,6 +403,6 @@ def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
     desc, blocks = plan.desc.copy(), plan.blocks + np.array((x.address, out.address, 0, 0))
     desc[BLOCKS], desc[REVERSE] = blocks.ctypes.data, reverse
     put_float(desc, SCALE, scale)
-    brief = math.prod(x.shape) < BRIEF
-    scratch = 2 * ROW * np.dtype(REAL).itemsize
-    run(_cumsum_kernel(REAL), desc, plan.items, scratch, plan.threads, brief)
+    size = math.prod(x.shape)
+    scratch, flops = 2 * ROW * np.dtype(REAL).itemsize, FLOPS * size // plan.items
+    run(_cumsum_kernel(REAL), desc, plan.items, scratch, plan.threads, size < BRIEF, flops=flops)

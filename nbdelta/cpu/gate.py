@@ -50,6 +50,8 @@ TOKENS, PER_CHANNEL = 88, 89
 
 # numbers of an item of work; below which it is not shared, and no thread is woken for it
 NUMBERS, SERIAL, BRIEF = 1 << 13, 1 << 15, 1 << 18
+# what a number costs, in flops of a matrix product
+FLOPS = 80
 
 
 @njit()
@@ -124,7 +126,8 @@ def _gate_kernel(REAL):
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
                 break
-            block, hv, b = item % blocks, item // blocks % desc[HV], item // blocks // desc[HV]
+            # heads vary fastest: they usually lie side by side, in the same pages of memory
+            hv, block, b = item % desc[HV], item // desc[HV] % blocks, item // desc[HV] // blocks
             if hv != loaded:
                 _load_lanes(REAL, desc, hv, n, bias, factors)
                 loaded = hv
@@ -168,4 +171,5 @@ def fused_gate(x, out, A_log, dt_bias, lower_bound):
     scratch = 3 * -(-x.shape[3] // W) * W * np.dtype(REAL).itemsize
     size = math.prod(x.shape)
     threads = thread_count() if size >= SERIAL else 1
-    run(_gate_kernel(REAL), desc, items, scratch, threads, size < BRIEF)
+    flops = FLOPS * size // max(1, items)
+    run(_gate_kernel(REAL), desc, items, scratch, threads, size < BRIEF, flops=flops)

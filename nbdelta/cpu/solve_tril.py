@@ -37,7 +37,7 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import W, claim, itemsize, read_int64, tile_rows
 from nbdelta.cpu._solve_tiles import invert, solve
-from nbdelta.cpu._team import run, thread_count
+from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._tiles import pack_columns
 from nbdelta.cpu.chunk_cumsum import chunk_bounds, offsets
 
@@ -169,22 +169,31 @@ def _run(matrix, b, out, axes, table, rows, columns, unit_diagonal):
     desc[K], desc[V] = rows, columns
     flops = len(table) * rows * rows * columns
     threads, strips = thread_count() if flops >= SERIAL_FLOPS else 1, -(-columns // W)
-    parts = min(strips, -(-threads // len(table)))
+    # columns go their own way where threads are more than matrices, or these are large
+    long = min(strips // 8, rows * rows * columns // BATCH_FLOPS)
+    parts = min(strips, max(-(-threads // len(table)), long))
     per_part = -(-strips // parts)
     parts = -(-strips // per_part)
     desc[PARTS] = parts
     scratch = layout(0, np.dtype(REAL).itemsize, rows, per_part)[-1]
-    run(_solve_kernel(REAL), desc, len(table) * parts, scratch, threads, flops < BRIEF_FLOPS)
+    brief, items = flops < BRIEF_FLOPS, len(table) * parts
+    # a small matrix takes twice as long as its flops
+    flops = 2 * flops // items
+    run(_solve_kernel(REAL), desc, items, scratch, threads, brief, flops=flops)
 
 
 def _chunks(shape, strides, out_strides, cu_seqlens=None):
-    """Table of the chunks of ``[B, T, H, BT]``, with offsets for addresses."""
+    """Table of the chunks of ``[B, T, H, BT]``, with offsets for addresses.
+
+    Heads vary fastest: they usually lie side by side, in the same pages of memory.
+    """
     B, T, H, BT = shape
     bounds = chunk_bounds(T, BT, cu_seqlens)
-    table = np.zeros((B * H, len(bounds), 4), np.int64)
+    table = np.zeros((B, len(bounds), H, 4), np.int64)
     for column, s in ((0, strides), (2, out_strides)):
-        table[..., column] = offsets((B, H), (s[0], s[2]))[:, None] + bounds[:, 0] * s[1]
-    table[..., 3] = bounds[:, 1] - bounds[:, 0]
+        heads = offsets((B, H), (s[0], s[2])).reshape(B, 1, H)
+        table[..., column] = heads + bounds[:, :1] * s[1]
+    table[..., 3] = bounds[:, 1:] - bounds[:, :1]
     return table.reshape(-1, 4)
 
 

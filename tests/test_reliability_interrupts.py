@@ -1,0 +1,182 @@
+"""Ctrl-C at any time: every case in a process of its own."""
+
+import signal
+import sys
+import textwrap
+import time
+
+import pytest
+from processes import DECODE, finish, run, start
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way")
+
+RULE = """
+x = np.broadcast_to(np.full((1, 1, 1, 128), 0.05, np.float32), (1, 200_000, 64, 128))
+small, g = x[:, :64, :1], np.broadcast_to(-x[:, :1, :1], x.shape)
+out = np.zeros((1, 200_000, 64, 16), np.float32)
+out += 1  # its pages are there before the clock starts
+def begin():
+    nbdelta.{name}(x, x, x[..., :16], g, None, out=out)
+def again():
+    return nbdelta.{name}(small, small, small, -small, None)[0]
+"""
+
+# one number 2^30 times over; of the result, which is 4 GB, no more is there than was written
+BLOCK = """
+x = np.broadcast_to(np.float32(1e-3), (1, 1 << 18, 64, 64))
+def begin():
+    out = np.zeros(x.shape, np.float32)
+    try:
+        nbdelta.{name}(x, {arguments})
+    finally:
+        assert not out[0, -1, -1, -1], "the call had ended"
+def again(out=None):
+    return nbdelta.{name}(x[:, :64], {arguments})
+"""
+
+# has no `out`: two seconds and more
+GATE = """
+x = np.broadcast_to(np.float32(1e-3), (1, 1 << 18, 64, 64))
+def begin():
+    nbdelta.fused_gate(x)
+def again():
+    return nbdelta.fused_gate(x[:, :64])
+"""
+
+SOLVE = """
+x = np.broadcast_to(np.float32(1e-3), (16384, 16384))
+out = np.zeros((16384, 2048), np.float32)
+def begin():
+    try:
+        nbdelta.solve_triangular(x, x[:, :2048], unit_diagonal=True, out=out)
+    finally:
+        assert not out[-1, -1], "the call had ended"
+def again():
+    return nbdelta.solve_triangular(x[:99, :99], x[:99], unit_diagonal=True)
+"""
+
+BACKWARD = """
+import torch, traceback
+def loss(T, H):
+    x = torch.full((1, 1, 1, 128), 0.05, requires_grad=True)
+    y = x.expand(1, T, H, 128)
+    return nbdelta.chunk_gated_delta_rule(y, y, y, -y[..., 0], None)[0].sum(), x
+long, _ = loss(8_000, 64)
+def begin():
+    try:
+        long.backward()
+    except KeyboardInterrupt:
+        assert "chunk_backward" in traceback.format_exc()
+        raise
+def again():
+    value, x = loss(64, 1)
+    value.backward()
+    return x.grad.numpy()
+"""
+
+LONG = {
+    **{name: RULE.format(name=name) for name in ("chunk_kda", "fused_recurrent_kda")},
+    "backward": BACKWARD,
+    "chunk_local_cumsum": BLOCK.format(name="chunk_local_cumsum", arguments="64, out=out"),
+    "solve_tril": BLOCK.format(name="solve_tril", arguments="out=out"),
+    "solve_triangular": SOLVE,
+    "fused_gate": GATE,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_ctrl_c_during_a_long_call(name):
+    """The call ends within a second of the signal, before its end, and the next one works."""
+    process = start(
+        "import time\nimport numpy as np, nbdelta\n"
+        + LONG[name]
+        + textwrap.dedent(
+            """
+            first = again()
+            print("begun", flush=True)
+            try:
+                begin()
+            except KeyboardInterrupt:
+                print("interrupted", time.monotonic(), flush=True)
+            assert np.array_equal(again(), first) and np.isfinite(first).all()
+            """
+        ),
+        env={"NUMBA_NUM_THREADS": "2"},
+    )
+    assert process.stdout.readline() == "begun\n", finish(process)
+    time.sleep(0.5)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, _ = finish(process)
+    word, at = out.split()
+    assert word == "interrupted"
+    assert float(at) - sent < 1.0
+
+
+def test_ctrl_c_at_any_step():
+    """Hundreds of first calls, each interrupted a little later; then all threads work and end."""
+    run(
+        """
+        import signal
+        import numpy as np, nbdelta
+        from nbdelta.cpu import _team
+        from nbdelta.testing import make_inputs
+        call = make_inputs(0, 4, 64, 4, 4, 32, 32, "gda")
+        expected = nbdelta.chunk_gated_delta_rule(**call)[0]
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        def interrupted(delay):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                nbdelta.chunk_gated_delta_rule(**call)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                return True
+            return False
+        cut = 0
+        for n in range(600):
+            _team._the_team().stop()
+            _team._team = None
+            cut += interrupted(2e-6 * (n + 1))
+            assert np.array_equal(nbdelta.chunk_gated_delta_rule(**call)[0], expected)
+        assert cut > 50, cut
+        """,
+        env={"NUMBA_NUM_THREADS": "2"},
+    )
+
+
+def test_ctrl_c_while_kernels_are_compiled(tmp_path):
+    """The next call, and the next process, compile what is missing."""
+    first = f"""
+import nbdelta
+print("begun", flush=True)
+try:
+    exec({DECODE!r})
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    process = start(first + DECODE, cache=tmp_path)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == "interrupted\nworks\n"
+    assert run(DECODE, cache=tmp_path) == "works\n"
+
+
+def test_no_more_threads_to_be_had():
+    """As where an account has too many, or while Python ends: the caller works alone."""
+    run(
+        """
+        import threading
+        import numpy as np, nbdelta
+        from nbdelta.testing import make_inputs
+        call = make_inputs(0, 4, 64, 4, 4, 32, 32, "gda")
+        begin = threading.Thread.start
+        def refused(thread):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = refused
+        alone = [nbdelta.chunk_gated_delta_rule(**call)[0] for _ in range(2)]
+        threading.Thread.start = begin
+        assert all(np.array_equal(x, nbdelta.chunk_gated_delta_rule(**call)[0]) for x in alone)
+        """,
+        env={"NUMBA_NUM_THREADS": "2"},
+    )
