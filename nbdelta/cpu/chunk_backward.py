@@ -25,6 +25,12 @@ import numpy as np
 
 from nbdelta.arrays import view
 from nbdelta.cpu._backward_blocks import (
+    backward_block,
+    finish_block,
+    forward_block,
+    prepare_block,
+)
+from nbdelta.cpu._backward_gates import (
     BACKWARD_LENGTH,
     DA_LOG,
     DA_LOG_SUM,
@@ -37,10 +43,6 @@ from nbdelta.cpu._backward_blocks import (
     DKEY,
     DO,
     DQ,
-    backward_block,
-    finish_block,
-    forward_block,
-    prepare_block,
     store_sums,
 )
 from nbdelta.cpu._backward_scratch import CHUNK, work_layout, work_layout_of
