@@ -110,6 +110,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         kept = keep_states(problem, view(states, "states"))
         if kept.device == "cpu":
             ask_for_large_pages(kept.address, states.nbytes)
+            if problem.lengths is not None:  # there may be fewer than shapes alone can tell
+                states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
     run(problem, algorithm)
     final_state = problem.final_state
     last = states.new_empty(0) if final_state is None else final_state.owner
