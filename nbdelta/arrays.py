@@ -14,6 +14,7 @@ import numpy as np
 from nbdelta import dlpack
 from nbdelta.array_view import ITEMSIZE as ITEMSIZE
 from nbdelta.array_view import View as View
+from nbdelta.large_pages import PAGE, ask_for_large_pages
 
 
 class Array(Protocol):
@@ -102,8 +103,10 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     if like.kind == "torch":
         torch = sys.modules["torch"]
         owner = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-        strides = _contiguous(shape, ITEMSIZE[dtype])
-        return View(owner, "torch", like.device, dtype, shape, strides, owner.data_ptr(), False)
+        strides, address = _contiguous(shape, ITEMSIZE[dtype]), owner.data_ptr()
+        if like.device == "cpu" and owner.nbytes > PAGE:
+            ask_for_large_pages(address, owner.nbytes)
+        return View(owner, "torch", like.device, dtype, shape, strides, address, False)
     if like.device != "cpu":
         return _empty_on_device(like, shape, dtype)
     owner = np.empty(shape, _numpy_dtype(dtype))

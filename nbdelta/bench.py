@@ -14,6 +14,7 @@ import numpy as np
 from nbdelta import bench_clock as clock
 from nbdelta import bench_peers as peers
 from nbdelta import bench_plots as plots
+from nbdelta import bench_training as training
 from nbdelta import console as out
 from nbdelta.cpu._team import thread_count
 from nbdelta.info import report
@@ -67,7 +68,9 @@ def bench(device="cpu", threads=None, json_file=None, plot_folder=None):
                 made = _series(shapes, count, place, rivals, step)
             console.print(_table(made, rivals))
             rows += made
-    found = {"about": {**_about(rivals), **place.limits(counts)}, "rows": rows}
+    trained = _training(console, counts[-1]) if device == "cpu" else []
+    about = {**_about(rivals), **place.limits(counts)}
+    found = {"about": about, "rows": rows, "training": trained}
     for name, value in found["about"].items():
         console.print(out.plain(f"{name}: {value}"))
     if json_file:
@@ -76,9 +79,19 @@ def bench(device="cpu", threads=None, json_file=None, plot_folder=None):
         for path in plots.draw(found, plot_folder):
             console.print(out.plain(f"written: {path}"))
     wrong = [row for row in rows for c in row["contenders"].values() if not c["agrees"]]
+    wrong += [row for row in trained if not row["agrees"]]
     if wrong:
         console.print(f"{out.verdict(False)}: results differ in {len(wrong)} cases")
     return 1 if wrong else 0
+
+
+def _training(console, threads):
+    """Time forward and backward passes where there is someone to compare with."""
+    with clock.limited_to(threads, "bench"), out.progress(console, len(training.CASES)) as step:
+        rows = training.rows(threads, step)
+    if rows:
+        console.print(training.table(rows))
+    return rows
 
 
 class Cpu:

@@ -21,13 +21,14 @@ OPTIONS = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 def contenders(device):
     """Return the contenders on a device, nbdelta first."""
     if device == "cpu":
-        found = [Nbdelta(), *_if_there(Transformers), *_if_there(Ggml)]
+        found = [Nbdelta(), *if_there(Transformers), *if_there(Ggml)]
     else:
-        found = [NbdeltaOnCuda(), *_if_there(FlashLinearAttention)]
+        found = [NbdeltaOnCuda(), *if_there(FlashLinearAttention)]
     return found
 
 
-def _if_there(peer):
+def if_there(peer):
+    """Return a list of the peer, empty where it is not installed."""
     try:
         return [peer()]
     except (ImportError, OSError, AttributeError):  # not installed, or not with this operator

@@ -7,6 +7,8 @@ threads.
 """
 
 import functools
+import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +80,7 @@ def _rows(threads):
         gda = (None, 1.4, None)
     decode = {"GDA": (2.3, 1.35, 1.15), "KDA": (2.3, 1.4, 1.25)}
     make = functools.partial
+    backward = [make(_backward, "GDA", 2048, 3.2), make(_backward, "KDA", 512, None)]
     return [
         *(make(_prefill, "GDA", T, bar) for T, bar in zip((64, 512, 2048), gda, strict=True)),
         *(make(_prefill, "KDA", T, bar) for T, bar in zip((64, 512, 2048), kda, strict=True)),
@@ -89,8 +92,7 @@ def _rows(threads):
             for B, bar in zip((1, 16, 64), bars, strict=True)
         ),
         make(_decode, "GDA", 64, 0.65, "bfloat16"),
-        make(_backward, "GDA", 2048, 3.2),
-        make(_backward, "KDA", 512, None),
+        *(backward if importlib.util.find_spec("torch") else []),
         make(_solve_triangular, 2.0),
         *(make(_cumsum, axis, reverse) for axis in (1, -1) for reverse in (False, True)),
         _fused_gate,
@@ -121,16 +123,19 @@ def _decode(gate, B, bar, dtype="float32"):
 
 
 def _backward(gate, T, bar):
-    """Forward and backward over the forward alone."""
+    """Forward and backward through torch, over the forward alone."""
+    torch = importlib.import_module("torch")
     inputs = _inputs(LAYERS[MODELS[gate]].shape(1, T))
-    do = inputs["v"][::, ::-1].copy()
+    del inputs["use_qk_l2norm_in_kernel"]
+    tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    trained = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    do = tensors["v"].flip(1)
 
-    def forward():
-        nbdelta.chunk_gated_delta_rule(**inputs)
+    def forward(tensors=tensors):
+        return nbdelta.chunk_gated_delta_rule(**tensors, use_qk_l2norm_in_kernel=True)[0]
 
     def both():
-        forward()
-        nbdelta.chunk_gated_delta_rule_bwd(**inputs, do=do)
+        torch.autograd.grad(forward(trained), list(trained.values()), do)
 
     return Row(f"forward + backward {gate}, T = {T}, over the forward", both, forward, 1, bar)
 

@@ -13,6 +13,7 @@ from torch.library import custom_op
 from nbdelta.arrays import view
 from nbdelta.dispatch import run
 from nbdelta.gradients import fill_gradients, keep_states, most_states, prepare_gradients
+from nbdelta.large_pages import ask_for_large_pages
 from nbdelta.problem import check_options, prepare
 from nbdelta.structure import Arrays, Options
 
@@ -106,7 +107,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = prepare(arrays, options)
     states = _empty_states(arrays, keep)
     if keep:
-        keep_states(problem, view(states, "states"))
+        kept = keep_states(problem, view(states, "states"))
+        if kept.device == "cpu":
+            ask_for_large_pages(kept.address, states.nbytes)
+            if problem.lengths is not None:  # there may be fewer than shapes alone can tell
+                states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
     run(problem, algorithm)
     final_state = problem.final_state
     o: Any = problem.o.owner

@@ -1,6 +1,8 @@
 """Kinds of array in and out."""
 
 import importlib.util
+import re
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -140,6 +142,18 @@ def test_empty(like, dtype):
     new = empty(view(like, "x"), (2, 5, 3), dtype)
     again = view(new.owner, "x")
     assert (again.address, again.strides) == (new.address, new.strides)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
+def test_large_torch_results_ask_for_large_pages():
+    result = empty(view(torch.zeros(1), "q"), (2**23,), "float32")
+    inside, flags = result.address + result.owner.nbytes // 2, None
+    for line in open("/proc/self/smaps"):
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(x, 16) for x in bounds.groups())
+        elif line.startswith("VmFlags:") and begin <= inside < end:
+            flags = line.split()
+    assert "hg" in flags
 
 
 @pytest.mark.parametrize(

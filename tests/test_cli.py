@@ -1,6 +1,7 @@
 """The command line, in this process; once as a process of its own."""
 
 import ast
+import importlib.util
 import inspect
 import json
 import re
@@ -16,6 +17,7 @@ from nbdelta import (
     bench_clock,
     bench_peers,
     bench_quick,
+    bench_training,
     check,
     cli,
     explain,
@@ -131,6 +133,9 @@ def short_bench(monkeypatch):
     monkeypatch.setattr(bench, "LENGTHS", (20,))
     monkeypatch.setattr(bench, "BATCHES", (1, 2))
     monkeypatch.setattr(bench, "SECONDS", 0.0)
+    cases = [(model, 20) for model, _ in bench_training.CASES]
+    monkeypatch.setattr(bench_training, "CASES", cases)
+    monkeypatch.setattr(bench_training, "SECONDS", 0.0)
     monkeypatch.setattr(bench_quick, "SECONDS", 0.0)
     monkeypatch.setattr(bench_clock, "TURN", 0.0)
     monkeypatch.setattr(bench_clock, "PAUSE", 0.0)
@@ -179,6 +184,27 @@ def test_bench_beside_peers(short_bench, tmp_path, capsys):
             assert result["difference"] < 1e-5
             assert 0 < result["min_ms"] <= result["median_ms"]
     assert "GFLOP/s" in found["about"]["limits, 1 thread"]
+    if importlib.util.find_spec("transformers"):
+        assert [row["gate"] for row in found["training"]] == ["gda", "kda"]
+        for row in found["training"]:
+            assert row["difference"] < 1e-5
+            assert row["min_ms"].keys() == {"nbdelta", "torch"}
+
+
+def test_bench_does_not_time_wrong_gradients(short_bench, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    grad = torch.autograd.grad
+    wrong = iter([1.0, 1.01] * 4)  # of transformers, the second one asked
+
+    def scaled(*args):
+        factor = next(wrong)
+        return [factor * x for x in grad(*args)]
+
+    monkeypatch.setattr(torch.autograd, "grad", scaled)
+    monkeypatch.setattr(bench_peers, "contenders", lambda _: [bench_peers.Nbdelta()])
+    assert cli.main(["bench", "--threads", "1"]) == 1
+    assert "results differ in 2 cases" in capsys.readouterr().out
 
 
 def test_bench_does_not_time_wrong_results(short_bench, monkeypatch, tmp_path, capsys):

@@ -3,74 +3,46 @@
 from functools import cache
 
 from nbdelta.cpu import _chunk_panels as panels
+from nbdelta.cpu._backward_gate_tiles import norm_gradient
+from nbdelta.cpu._backward_gates import (
+    DKEY,
+    DO,
+    DQ,
+    DV,
+    channel_pairs,
+    store_channel_gates,
+    store_dbeta,
+    store_token_gates,
+    token_gates,
+)
 from nbdelta.cpu._backward_tiles import (
     ERROR_ROWS,
     SUFFIX_ROWS,
     add_rows,
     advance,
-    bounded_gate_gradient,
-    channel_states,
-    norm_gradient,
     pair_weights,
-    pairs_backward,
-    pairs_forward,
     row_sums,
     scale_rows,
-    sigmoid_gradient,
-    softplus_gate_gradient,
     solve_errors,
     solve_transposed,
     state_gradient,
     state_products,
     transpose_into,
 )
-from nbdelta.cpu._call import (
-    BETA,
-    BETA_FACTOR,
-    BOUND,
-    EPS,
-    KEY,
-    NEXT,
-    RAW_GATE,
-    SCALE,
-    SIGMOID_BETA,
-    VALUE,
-    G,
-    K,
-    O,
-    Q,
-    V,
-    array_at,
-    at,
-    real,
-)
+from nbdelta.cpu._call import EPS, KEY, SCALE, VALUE, K, Q, V, array_at, at, real
 from nbdelta.cpu._chunk_panels import load_beta, norms, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
     copy_rows,
     fill_row,
-    get,
     is_plain,
-    load,
-    load_row,
-    put,
     save,
     store_row,
     transpose_tile,
     zero_rows,
 )
 from nbdelta.cpu._simd import W, itemsize, padded, rows_of_tile
-from nbdelta.cpu._tiles import DECAY, KEY_GATE, LAST, QUERY_GATE, SUFFIX, gram, pack_columns
-from nbdelta.cpu.gate import gate_factor
-
-# the arrays of a backward call, behind the one counter that it uses: not at the end of a forward
-# call's descriptor, whose length depends on the number of threads, which a cached kernel outlives;
-# dV is where o was
-DO, DHT, DQ, DKEY, DG, DBETA, DH0 = range(NEXT + 8, NEXT + 64, 8)
-# the sequences' shares in the gradients of A_log and dt_bias, and those gradients
-DA_LOG, DDT_BIAS, DA_LOG_SUM, DDT_BIAS_SUM = range(NEXT + 64, NEXT + 96, 8)
-BACKWARD_LENGTH = NEXT + 96
-DV = O
+from nbdelta.cpu._tiles import DECAY, KEY_GATE, QUERY_GATE, SUFFIX, gram, pack_columns
 
 _gram = gram(False)
 
@@ -242,125 +214,15 @@ def backward_block(PER_CHANNEL):
                     w.kept + c * kept_step,
                 )  # fmt: skip
         row_sums(REAL, w.dbeta, w.ones, w.dbeta)
-        _store_dbeta(REAL, desc, b, t, n, hv, w)
+        store_dbeta(REAL, desc, b, t, n, hv, w)
         if PER_CHANNEL:
-            _channel_pairs(REAL, desc, m, w, n, dq, dk)
-            _store_channel_gates(REAL, desc, m, w, b, t, n, hv, drate)
+            channel_pairs(REAL, desc, m, w, n, dq, dk)
+            store_channel_gates(REAL, desc, m, w, b, t, n, hv, drate)
         else:
-            _token_gates(REAL, m, w)
-            _store_token_gates(REAL, desc, m, w, b, t, n, hv, drate)
+            token_gates(REAL, m, w)
+            store_token_gates(REAL, desc, m, w, b, t, n, hv, drate)
 
     return backward_block
-
-
-@njit()
-def _store_dbeta(REAL, desc, b, t, n, hv, w):
-    dbeta, size = array_at(desc, DBETA), itemsize(REAL)
-    if not dbeta[0]:
-        return
-    if desc[SIGMOID_BETA]:
-        beta = array_at(desc, BETA)
-        for i in range(n):
-            save(REAL, w.row + i * size, get(REAL, beta[1], at(beta, b, t + i, hv)))
-        _clear_row(REAL, n, w.row)
-        sigmoid_gradient(REAL, w.row, REAL(real(desc, BETA_FACTOR)), w.dbeta)
-    for i in range(n):
-        put(REAL, dbeta[1], at(dbeta, b, t + i, hv), load(REAL, w.dbeta + i * size))
-
-
-@njit()
-def _clear_row(REAL, n, x):
-    for i in range(n, W):
-        save(REAL, x + i * itemsize(REAL), REAL(0))
-
-
-@njit()
-def _token_gates(REAL, m, w):
-    """Add what goes through the state to the gradients of 16 gates."""
-    size, row = itemsize(REAL), W * itemsize(REAL)
-    passing = REAL(0)
-    for i in range(W):
-        passing += load(REAL, w.kept + i * size)
-    passing *= load(REAL, m.gates + LAST * row)
-    for i in range(W):
-        save(REAL, w.dg + i * size, load(REAL, w.dg + i * size) + passing)
-        passing += load(REAL, w.writes_row + i * size)
-    reads = REAL(0)
-    for i in range(W - 1, -1, -1):
-        reads += load(REAL, w.reads_row + i * size)
-        save(REAL, w.dg + i * size, load(REAL, w.dg + i * size) + reads)
-
-
-@njit()
-def _channel_pairs(REAL, desc, m, w, n, dq, dk):
-    """What goes through P, M and the state, channel by channel."""
-    size, KP = itemsize(REAL), padded(REAL, desc[K])
-    row, step = W * size, KP * size
-    square = W * row
-    for c in range(0, KP, W):
-        i, tile = c * size, c * row
-        row_sums(REAL, w.kept + tile, m.decay + i, w.kept + tile)
-        for x in (w.reads_q, w.reads_k, w.writes):
-            transpose_tile(REAL, x + tile, row)
-        channel_states(
-            REAL, m.x + i, m.y + i, m.z + i, step, w.reads_q + tile, w.reads_k + tile,
-            w.writes + tile, w.kept + tile, dq + tile, dk + tile, w.dg + i, step,
-        )  # fmt: skip
-        zero_rows(REAL, w.back, W)
-        for t in range(n):
-            at_token, own, now = i + t * step, tile + t * row, w.running + t * square
-            pairs_forward(
-                REAL, m.x + at_token, m.z + at_token, t, now - square, now, w.wp + t * size,
-                w.wa + t * size, dq + own, dk + own,
-            )  # fmt: skip
-        for t in range(n - 1, -1, -1):
-            at_token, own, now = i + t * step, tile + t * row, w.running + t * square
-            pairs_backward(
-                REAL, m.x + at_token, m.y + at_token, m.z + at_token, t, now, w.back,
-                w.wp + t * size, w.wa + t * size, dk + own, w.dg + at_token,
-            )  # fmt: skip
-
-
-@njit()
-def _raw_gate_gradient(REAL, desc, factor, x, bias, n, dg, drate):
-    """Turn n rows of 16 gradients of log decays into those of raw gates."""
-    row, bound = W * itemsize(REAL), real(desc, BOUND)
-    for i in range(0, n * row, row):
-        dbias = drate + row + i
-        if bound == 0.0:
-            softplus_gate_gradient(REAL, x + i, bias + i, REAL(-factor), dg + i, drate, dbias)
-        else:
-            bounded_gate_gradient(
-                REAL, x + i, bias + i, REAL(factor), REAL(bound), dg + i, drate, dbias
-            )
-
-
-@njit()
-def _store_token_gates(REAL, desc, m, w, b, t, n, hv, drate):
-    g, dg, size = array_at(desc, G), array_at(desc, DG), itemsize(REAL)
-    if not dg[0]:
-        return
-    if desc[RAW_GATE]:
-        for i in range(n):
-            save(REAL, w.row + i * size, get(REAL, g[1], at(g, b, t + i, hv)))
-        _clear_row(REAL, n, w.row)
-        _clear_row(REAL, n, w.dg)
-        factor = gate_factor(desc, hv)
-        _raw_gate_gradient(REAL, desc, factor, w.row, m.bias, 1, w.dg, drate)
-    for i in range(n):
-        put(REAL, dg[1], at(dg, b, t + i, hv), load(REAL, w.dg + i * size))
-
-
-@njit()
-def _store_channel_gates(REAL, desc, m, w, b, t, n, hv, drate):
-    g, dg, KP = array_at(desc, G), array_at(desc, DG), padded(REAL, desc[K])
-    step, factor = KP * itemsize(REAL), gate_factor(desc, hv)
-    for i in range(n):
-        rows = w.dg + i * step
-        if desc[RAW_GATE]:
-            load_row(REAL, g[1], at(g, b, t + i, hv), g[5], desc[K], m.g)
-            _raw_gate_gradient(REAL, desc, factor, m.g, m.bias, KP // W, rows, drate)
-        store_row(REAL, dg[1], rows, desc[K], at(dg, b, t + i, hv), dg[5])
 
 
 @cache
@@ -384,20 +246,3 @@ def finish_block(PER_CHANNEL):
             _store_tile(REAL, array_at(desc, DKEY), b, t, n, hk, c, desc[K], dk + c * row)
 
     return finish_block
-
-
-@njit()
-def store_sums(REAL, desc, seq, hv, drate, n):
-    """Write a sequence's share in the gradients of A_log and dt_bias of a value head."""
-    size = itemsize(REAL)
-    dA, dbias, rate = array_at(desc, DA_LOG), array_at(desc, DDT_BIAS), REAL(0)
-    for i in range(W):
-        rate += load(REAL, drate + i * size)
-    put(REAL, dA[1], at(dA, seq, hv, 0), rate)
-    bias = drate + W * size
-    if n == 1:
-        total = REAL(0)
-        for i in range(W):
-            total += load(REAL, bias + i * size)
-        save(REAL, bias, total)
-    store_row(REAL, dbias[1], bias, n, at(dbias, seq, hv, 0), dbias[4])

@@ -14,9 +14,9 @@ The gradient of a gate is the sum of everything that is multiplied with its deca
 tokens before and after it, what later tokens read of the state, what earlier ones leave in it, and
 the state itself. No sum of it is a difference, so it is as exact at -1000 as at 0.
 
-The states at the start of every chunk of 64 tokens come from the forward pass, those of its blocks
-are made anew. One item of work is one sequence, one key head and its value heads, whose gradients
-of q and k are added up in the order of the heads.
+The states at the start of every chunk of 128 tokens come from the forward pass, those of its
+blocks are made anew. One item of work is one sequence, one key head and its value heads, whose
+gradients of q and k are added up in the order of the heads.
 """
 
 from functools import cache
@@ -25,6 +25,12 @@ import numpy as np
 
 from nbdelta.arrays import view
 from nbdelta.cpu._backward_blocks import (
+    backward_block,
+    finish_block,
+    forward_block,
+    prepare_block,
+)
+from nbdelta.cpu._backward_gates import (
     BACKWARD_LENGTH,
     DA_LOG,
     DA_LOG_SUM,
@@ -37,10 +43,6 @@ from nbdelta.cpu._backward_blocks import (
     DKEY,
     DO,
     DQ,
-    backward_block,
-    finish_block,
-    forward_block,
-    prepare_block,
     store_sums,
 )
 from nbdelta.cpu._backward_scratch import CHUNK, work_layout, work_layout_of
