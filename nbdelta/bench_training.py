@@ -2,8 +2,6 @@
 
 import importlib.util
 
-import numpy as np
-
 from nbdelta import bench_clock as clock
 from nbdelta import bench_peers as peers
 from nbdelta import console as out
@@ -43,7 +41,7 @@ def rows(threads, step):
         step(name, 0)
         inputs = make_inputs(0, *shape[1:], gate=shape.gate, states=1)
         calls = {rival.name: rival.prepare(shape, inputs) for rival in rivals}
-        ours, theirs = ([np.array(x) for x in call()] for call in calls.values())
+        ours, theirs = ([x.numpy() for x in call()] for call in calls.values())
         # the gradient of the initial state has its heads on axis 1
         pairs = list(zip(ours, theirs, strict=True))
         differences = [rel_l2(*pair) for pair in pairs[:-1]]

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -148,7 +149,7 @@ def test_empty(like, dtype):
 def test_large_torch_results_ask_for_large_pages():
     result = empty(view(torch.zeros(1), "q"), (2**23,), "float32")
     inside, flags = result.address + result.owner.nbytes // 2, None
-    for line in open("/proc/self/smaps"):
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             begin, end = (int(x, 16) for x in bounds.groups())
         elif line.startswith("VmFlags:") and begin <= inside < end:
