@@ -5,8 +5,8 @@ import functools
 import nbdelta
 from nbdelta import bench_clock as clock
 from nbdelta import console as out
-from nbdelta.cpu._simd import W
 from nbdelta.cpu._team import thread_count
+from nbdelta.cpu._vector_unit import W
 from nbdelta.shapes import LAYERS
 from nbdelta.testing import make_inputs
 

@@ -92,9 +92,9 @@ def _features():
 
 
 def _vectors():
-    from nbdelta.cpu import _simd
+    from nbdelta.cpu import _vector_unit
 
-    bits, registers = _simd.vector_unit()
+    bits, registers = _vector_unit.vector_unit()
     return f"{registers} registers of {bits} bits"
 
 

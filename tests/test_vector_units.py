@@ -42,10 +42,10 @@ import json
 import numpy as np
 import nbdelta
 from nbdelta import naive
-from nbdelta.cpu import _simd
+from nbdelta.cpu import _vector_unit
 from nbdelta.testing import as_dtype, make_inputs, rel_l2
 
-errors = {"shape": [_simd.BITS, _simd.REGISTERS]}
+errors = {"shape": [_vector_unit.BITS, _vector_unit.REGISTERS]}
 
 def compare(name, result, reference):
     for x, y in zip(result, reference):
@@ -93,9 +93,9 @@ def test_other_shapes_have_the_same_accuracy(tmp_path, name, features, shape):
 
 
 FORCED = """
-from nbdelta.cpu import _simd
+from nbdelta.cpu import _vector_unit
 
-_simd.BITS, _simd.REGISTERS = {shape}
+_vector_unit.BITS, _vector_unit.REGISTERS = {shape}
 """
 HALVES = """
 from nbdelta.cpu import _matrix_unit, chunk
@@ -131,9 +131,10 @@ def test_products_of_halves_in_the_shape_of_avx512(tmp_path, unit):
 CODE = """
 import json
 import numpy as np
-from nbdelta.cpu import _simd, chunk, solve_tril
+from nbdelta.cpu import _vector_unit as unit
+from nbdelta.cpu import chunk, solve_tril
 
-assert (_simd.BITS, _simd.REGISTERS, _simd.DOTS_BFLOAT16) == (512, 32, True)
+assert (unit.BITS, unit.REGISTERS, unit.DOTS_BFLOAT16) == (512, 32, True)
 kernels = {
     "chunk": chunk._chunk_kernel(np.float32, False, 0),
     "chunk of bfloat16": chunk._chunk_kernel(np.float32, True, 1),

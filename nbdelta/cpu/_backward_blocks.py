@@ -41,8 +41,9 @@ from nbdelta.cpu._memory import (
     transpose_tile,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, itemsize, padded, rows_of_tile
+from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
 from nbdelta.cpu._tiles import DECAY, KEY_GATE, QUERY_GATE, SUFFIX, gram, pack_columns
+from nbdelta.cpu._vector_unit import W
 
 _gram = gram(False)
 

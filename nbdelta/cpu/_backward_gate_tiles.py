@@ -1,6 +1,7 @@
 """Tiles of the backward pass for gates: those per channel, and what was done to the inputs."""
 
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import tile
+from nbdelta.cpu._vector_unit import W
 
 # ---- a gate per channel: every product of a pair of tokens runs along by itself ----
 

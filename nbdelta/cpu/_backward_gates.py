@@ -25,8 +25,9 @@ from nbdelta.cpu._call import (
 )
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import get, load, load_row, put, save, store_row, transpose_tile, zero_rows
-from nbdelta.cpu._simd import W, itemsize, padded
+from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._tiles import LAST
+from nbdelta.cpu._vector_unit import W
 from nbdelta.cpu.gate import gate_factor
 
 # the arrays of a backward call, behind the one counter that it uses: not at the end of a forward

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from nbdelta.cpu._backward_tiles import ROWS_BEHIND
 from nbdelta.cpu._jit import njit
-from nbdelta.cpu._simd import W
+from nbdelta.cpu._vector_unit import W
 
 # Blocks of a chunk: its states at every block's start are made anew from the one that was kept.
 # Memory for twice as many states costs the forward pass more time than it saves here.

@@ -7,8 +7,9 @@ transposed.
 
 from functools import cache
 
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import tile
 from nbdelta.cpu._tiles import DECAY, KEY_GATE, QUERY_GATE, SUFFIX, fma_panel
+from nbdelta.cpu._vector_unit import W
 
 
 def fma_channels(e, acc, columns, rows, channels):

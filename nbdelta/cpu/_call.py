@@ -7,9 +7,9 @@ layouts, read-only inputs included, and starting a kernel costs one argument.
 import numba
 import numpy as np
 
+from nbdelta.cpu._descriptor import claim, read_array, read_float, read_int64
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import DTYPES
-from nbdelta.cpu._simd import claim, read_array, read_float, read_int64
 
 # arrays, eight numbers each; address 0: not given
 Q, KEY, VALUE, G, BETA, A_LOG, DT_BIAS, H0, HT, O, CHECKPOINTS = range(0, 88, 8)

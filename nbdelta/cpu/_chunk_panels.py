@@ -31,14 +31,7 @@ from nbdelta.cpu._memory import (
     load_tokens,
     save,
 )
-from nbdelta.cpu._simd import (
-    W,
-    itemsize,
-    lanes_of,
-    padded,
-    rows_of_tile,
-    whole_tiles,
-)
+from nbdelta.cpu._simd import itemsize, lanes_of, padded, rows_of_tile, whole_tiles
 from nbdelta.cpu._tiles import (
     KEY_GATE,
     LAST,
@@ -63,6 +56,7 @@ from nbdelta.cpu._tiles import (
     sigmoid_row,
     suffix_rows,
 )
+from nbdelta.cpu._vector_unit import W
 from nbdelta.cpu.gate import (
     apply_gate,
     gate_factor,

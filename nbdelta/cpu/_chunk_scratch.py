@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
-from nbdelta.cpu._simd import W
+from nbdelta.cpu._vector_unit import W
 
 
 class Scratch(NamedTuple):

@@ -17,7 +17,7 @@ from nbdelta.cpu._matrix_unit import (
     split_words,
 )
 from nbdelta.cpu._memory import copy_rows, is_plain, store_tokens
-from nbdelta.cpu._simd import W, itemsize, padded, rows_of_tile, whole_tiles
+from nbdelta.cpu._simd import itemsize, padded, rows_of_tile, whole_tiles
 from nbdelta.cpu._tiles import (
     KEY_GATE,
     QUERY_GATE,
@@ -29,6 +29,7 @@ from nbdelta.cpu._tiles import (
     suffix_rows,
     update,
 )
+from nbdelta.cpu._vector_unit import W
 
 
 @cache

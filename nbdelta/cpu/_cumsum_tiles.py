@@ -1,6 +1,7 @@
 """Tiles of the cumulative sums: steps of wide rows, steps of 16 lanes, 16 steps of 16 lanes."""
 
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import tile
+from nbdelta.cpu._vector_unit import W
 
 
 @tile

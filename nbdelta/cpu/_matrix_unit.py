@@ -11,7 +11,8 @@ import struct
 import sys
 from functools import cache
 
-from nbdelta.cpu._simd import DOTS_BFLOAT16, W, features, tile
+from nbdelta.cpu._simd import tile
+from nbdelta.cpu._vector_unit import DOTS_BFLOAT16, W, features
 
 # how q, k and v of bfloat16 are multiplied: as float32, by the dot products of pairs of
 # AVX512-BF16, or by the matrix unit

@@ -9,7 +9,8 @@ of compilations.
 import numpy as np
 
 from nbdelta.cpu._jit import njit
-from nbdelta.cpu._simd import INT, REAL, W, constant_of, itemsize, tile
+from nbdelta.cpu._simd import INT, REAL, constant_of, itemsize, tile
+from nbdelta.cpu._vector_unit import W
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)

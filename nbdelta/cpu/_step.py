@@ -11,7 +11,7 @@ All forms of the same numbers in memory give the same bits: every sum goes over 
 
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import zero_rows
-from nbdelta.cpu._simd import W, itemsize
+from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._step_tiles import (
     LINE,
     ROWS,
@@ -23,6 +23,7 @@ from nbdelta.cpu._step_tiles import (
     write_rows,
     write_values,
 )
+from nbdelta.cpu._vector_unit import W
 
 
 @njit()

@@ -5,7 +5,8 @@ which they lie in memory, ``ROWS`` at a time: sums over the rows are kept for al
 number of the state meets its two multiply-adds while it is in a register.
 """
 
-from nbdelta.cpu._simd import DOTS_BFLOAT16, REAL, W, size_of, tile
+from nbdelta.cpu._simd import REAL, size_of, tile
+from nbdelta.cpu._vector_unit import DOTS_BFLOAT16, W
 
 ROWS = 4  # with their factors, two sums and the state they fit into 16 registers
 LINE = 64

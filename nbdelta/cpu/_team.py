@@ -20,8 +20,8 @@ from numba.np.ufunc import parallel
 
 from nbdelta.cpu import _atomic as atomic
 from nbdelta.cpu._call import ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
+from nbdelta.cpu._descriptor import read_int64
 from nbdelta.cpu._jit import kernel
-from nbdelta.cpu._simd import read_int64
 
 # words that the caller and the helpers share, on cache lines of their own
 OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)

@@ -13,7 +13,8 @@ loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 from functools import cache
 
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
-from nbdelta.cpu._simd import W, tile
+from nbdelta.cpu._simd import tile
+from nbdelta.cpu._vector_unit import W
 
 
 def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None, pairs=False):

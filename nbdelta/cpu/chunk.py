@@ -55,6 +55,7 @@ from nbdelta.cpu._chunk_scratch import (
     waiting_rows_of,
 )
 from nbdelta.cpu._chunk_strips import finish_updates
+from nbdelta.cpu._descriptor import claim, read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._matrix_unit import (
     DOTS,
@@ -70,17 +71,12 @@ from nbdelta.cpu._memory import (
     store_columns,
     zero_rows,
 )
-from nbdelta.cpu._simd import (
-    W,
-    claim,
-    itemsize,
-    padded,
-    read_int64,
-)
+from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import (
     pair_rows,
 )
+from nbdelta.cpu._vector_unit import W
 
 
 @cache

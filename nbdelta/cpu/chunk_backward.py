@@ -68,10 +68,12 @@ from nbdelta.cpu._call import (
     value_head,
 )
 from nbdelta.cpu._chunk_scratch import layout, layout_of
+from nbdelta.cpu._descriptor import claim, read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import load, load_columns, put, real_of, store_columns, zero_rows
-from nbdelta.cpu._simd import W, claim, itemsize, padded, read_int64
+from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
+from nbdelta.cpu._vector_unit import W
 
 
 @njit()

@@ -35,6 +35,7 @@ from nbdelta.cpu._cumsum_tiles import (
     add_steps,
     stream_rows,
 )
+from nbdelta.cpu._descriptor import claim, finish_stores, read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     DTYPES,
@@ -49,8 +50,9 @@ from nbdelta.cpu._memory import (
     transpose_tile,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, finish_stores, itemsize, read_int64
+from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._team import run, thread_count
+from nbdelta.cpu._vector_unit import W
 
 # descriptor fields of this kernel: table of (address of x, of the result, steps, lanes) of every
 # block; lanes of a unit of work, units of a block, of all blocks, of an item; lanes of x that lie

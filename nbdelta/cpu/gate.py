@@ -29,6 +29,7 @@ from nbdelta.cpu._call import (
     put_float,
     real,
 )
+from nbdelta.cpu._descriptor import claim
 from nbdelta.cpu._gate_tiles import bounded_row, softplus_row
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
@@ -41,9 +42,10 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, claim, itemsize
+from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import bounded_gate, softplus_gate
+from nbdelta.cpu._vector_unit import W
 
 # descriptor fields of this kernel: tokens of an item of work, and what the lanes are
 TOKENS, PER_CHANNEL = 88, 89

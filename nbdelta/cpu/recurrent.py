@@ -60,6 +60,7 @@ from nbdelta.cpu._call import (
     sequence,
     value_head,
 )
+from nbdelta.cpu._descriptor import read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     fill_row,
@@ -73,11 +74,12 @@ from nbdelta.cpu._memory import (
     store_row,
     zero_rows,
 )
-from nbdelta.cpu._simd import W, itemsize, read_int64
+from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._step import step, step_v_first
 from nbdelta.cpu._step_tiles import LINE, channel_gates, dot_row, head_gate, inverse_norm, scale_row
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import sigmoid_row
+from nbdelta.cpu._vector_unit import W
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
 PADDED = -1
