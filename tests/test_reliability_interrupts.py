@@ -149,8 +149,10 @@ def test_ctrl_c_while_kernels_are_compiled(tmp_path):
     first = f"""
 import nbdelta
 print("begun", flush=True)
+# of code as text Python would remember the interrupt, and end by it
+decode = compile({DECODE!r}, "decode", "exec")
 try:
-    exec({DECODE!r})
+    exec(decode)
 except KeyboardInterrupt:
     print("interrupted")
 """
