@@ -13,9 +13,8 @@ from numba import prange
 from nbdelta.console import need
 from nbdelta.cpu._jit import parallel
 
-# Seconds of a turn, more where one call takes longer, and between two turns: the threads of
-# OpenBLAS and OpenMP wait for more work up to 30 ms, and keep a core busy with it.
-TURN, PAUSE = 0.1, 0.03
+# Seconds of a turn, more where one call takes longer, and of a look between two turns, see `rest`.
+TURN, PAUSE, LOOKS = 0.1, 0.01, 50
 ROUNDS = 3
 # rows of the matrices, and numbers in the array, that the limits are measured with
 SIDE, STREAM = 2048, 2**26
@@ -34,6 +33,19 @@ def wall_time(call):
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def rest():
+    """Wait until no thread of this process works any more.
+
+    Those of OpenBLAS watch for more work for 2^26 or 2^28 ticks of the clock, 26 or 103 ms at 2.6
+    GHz, and those of OpenMP for a while too. They would take a core from whoever is next.
+    """
+    for _ in range(LOOKS):
+        begin = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - begin < PAUSE / 4:
+            return
 
 
 def race(calls, seconds, timer=wall_time):
@@ -59,7 +71,7 @@ def race(calls, seconds, timer=wall_time):
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < ROUNDS or time.perf_counter() < end:
         for name, call in calls.items():
-            time.sleep(PAUSE)
+            rest()
             turn_end = time.perf_counter() + TURN
             times[name].append(timer(call))
             while time.perf_counter() < turn_end:

@@ -15,9 +15,8 @@ import nbdelta
 from nbdelta import naive
 
 DEVICES = ["cpu", "cpu-1-thread", "cuda"]
-# Seconds that one number takes, of a turn of a call or its floor, and between two turns: the
-# threads of OpenBLAS and OpenMP wait for more work up to 30 ms, and keep a core busy with it.
-SECONDS, TURN, PAUSE = 2.0, 0.1, 0.03
+# Seconds that one number takes, of a turn of a call or its floor, and of a look between two turns
+SECONDS, TURN, PAUSE, LOOKS = 2.0, 0.1, 0.01, 50
 SIDE = 1024
 
 
@@ -138,6 +137,15 @@ def _multiply(x, factor):
         x[i] *= factor
 
 
+def _rest():
+    """Wait until no thread of this process works: OpenBLAS's watch for work up to 103 ms."""
+    for _ in range(LOOKS):
+        begin = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - begin < PAUSE / 4:
+            return
+
+
 def _race(device, *calls):
     """Least seconds of calls that take turns, after one each that compiles and warms up."""
     wait = _synchronize if device == "cuda" else _nothing
@@ -151,7 +159,7 @@ def _race(device, *calls):
     best, end = [min(timed(call), timed(call)) for call in calls], time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         for i, call in enumerate(calls):
-            time.sleep(PAUSE)
+            _rest()
             turn = time.perf_counter() + TURN
             while time.perf_counter() < turn:
                 best[i] = min(best[i], timed(call))
