@@ -61,7 +61,7 @@ def loss(T, H):
     x = torch.full((1, 1, 1, 128), 0.05, requires_grad=True)
     y = x.expand(1, T, H, 128)
     return nbdelta.chunk_gated_delta_rule(y, y, y, -y[..., 0], None)[0].sum(), x
-long, _ = loss(8_000, 64)
+long, _ = loss(4_000, 128)
 def begin():
     try:
         long.backward()
