@@ -32,7 +32,7 @@ STAGES = {
         *("suffix_tile", "_channel_gates", "_head_gate", "_load_beta"),
     ),
     "Gram matrices k.k and q.k": (
-        *("product", "transpose_square", "apply_norms", "decay_pairs", "_pairs"),
+        *("product", "transpose_tile", "apply_norms", "decay_pairs", "_pairs"),
     ),
     # a matrix unit multiplies K and Q with S at once
     "U = (I + A)^-1 (beta V - beta e^G K S)": ("first_product", "multiply_two"),

@@ -21,7 +21,6 @@ from nbdelta.cpu._matrix_unit import (
     FLOATS,
     SQUARES,
     multiply_two,
-    transpose_square,
 )
 from nbdelta.cpu._memory import (
     fill_row,
@@ -30,6 +29,7 @@ from nbdelta.cpu._memory import (
     load,
     load_tokens,
     save,
+    transpose_tile,
 )
 from nbdelta.cpu._simd import itemsize, lanes_of, padded, rows_of_tile, whole_tiles
 from nbdelta.cpu._tiles import (
@@ -228,7 +228,7 @@ def _key_head_of_squares(REAL, desc, m, k_rows, k_step, q_rows, q_step):
         pack_columns(REAL, k_rows + i, k_step, m.ones, m.keys + tile)
     pair_rows(REAL, m.keys, KP, m.column_words)
     multiply_two(REAL, m.key_words, m.query_words, 2 * KP, m.column_words, KP, m.kk, m.qk)
-    transpose_square(REAL, m.qk)
+    transpose_tile(REAL, m.qk, W * itemsize(REAL))
     apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
 
 

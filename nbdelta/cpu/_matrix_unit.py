@@ -138,20 +138,6 @@ def _multiply_pairs(e, left, step, right, n, out):
 
 
 @tile
-def transpose_square(e, x):
-    """Transpose 16 rows of 16 numbers where they are."""
-    for i in range(0, W, e.lanes):
-        for j in range(0, i + 1, e.lanes):
-            blocks = []
-            for a, b in ((i, j), (j, i)):
-                rows = [e.load(x, (a + r) * e.row + b * e.size, e.lanes) for r in range(e.lanes)]
-                blocks.append((e.transpose(rows), b, a))
-            for rows, a, b in blocks[: 1 if i == j else 2]:
-                for r, row in enumerate(rows):
-                    e.store(row, x, (a + r) * e.row + b * e.size)
-
-
-@tile
 def double_rows(e, rows, n, out):
     """N rows of 16 numbers as rows of 32 in bfloat16: each twice."""
 
