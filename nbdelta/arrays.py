@@ -5,6 +5,7 @@ tensor has imported it.
 """
 
 import ctypes
+import math
 import sys
 from functools import lru_cache
 from typing import Any, Protocol, cast
@@ -14,7 +15,7 @@ import numpy as np
 from nbdelta import dlpack
 from nbdelta.array_view import ITEMSIZE as ITEMSIZE
 from nbdelta.array_view import View as View
-from nbdelta.large_pages import PAGE, ask_for_large_pages
+from nbdelta.result_memory import LARGE, new_bytes
 
 
 class Array(Protocol):
@@ -100,16 +101,23 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
         Its ``owner`` is what the user gets; the contents are arbitrary.
     """
     owner: Any
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if like.device != "cpu" and like.kind != "torch":
+        return _empty_on_device(like, shape, dtype)
+    recycled = like.device == "cpu" and nbytes >= LARGE
     if like.kind == "torch":
         torch = sys.modules["torch"]
-        owner = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        kind = getattr(torch, dtype)
+        if recycled:
+            owner = torch.from_numpy(new_bytes(nbytes)).view(kind).view(shape)
+        else:
+            owner = torch.empty(shape, dtype=kind, device=like.device)
         strides, address = _contiguous(shape, ITEMSIZE[dtype]), owner.data_ptr()
-        if like.device == "cpu" and owner.nbytes > PAGE:
-            ask_for_large_pages(address, owner.nbytes)
         return View(owner, "torch", like.device, dtype, shape, strides, address, False)
-    if like.device != "cpu":
-        return _empty_on_device(like, shape, dtype)
-    owner = np.empty(shape, _numpy_dtype(dtype))
+    if recycled:
+        owner = new_bytes(nbytes).view(_numpy_dtype(dtype)).reshape(shape)
+    else:
+        owner = np.empty(shape, _numpy_dtype(dtype))
     return View(owner, "numpy", "cpu", dtype, shape, owner.strides, numpy_address(owner), False)
 
 

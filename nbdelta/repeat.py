@@ -7,23 +7,27 @@ as expected takes the long way (`nbdelta.problem`), which knows how to say so.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from typing import Any
 
 import numpy as np
 
+from nbdelta.arrays import empty as new_array
 from nbdelta.arrays import numpy_address, view
 from nbdelta.dispatch import stage
 from nbdelta.problem import Problem
+from nbdelta.result_memory import LARGE
 
 Arrays = tuple[Any, ...]
 # places of arguments in a call's arrays, which come in the order of `nbdelta.structure.Arrays`
 INITIAL_STATE, OUT, CU_SEQLENS, STATE_INDICES, ACCEPTED, FINAL_STATE = 5, 8, 9, 10, 11, 12
 
-# the newest first; calls of one loop have few structures
-_plans: list["_Plan"] = []
-_PLANS_AT_MOST = 64
+# the newest first; steps of one loop have few structures, and chunks as many as lengths
+_step_plans: list["_Plan"] = []
+_chunk_plans: list["_Plan"] = []
+_STEP_PLANS_AT_MOST, _CHUNK_PLANS_AT_MOST = 64, 8
 
 
 def results_of(arrays: Arrays, options: tuple[object, ...]) -> tuple[Any, ...] | None:
@@ -41,23 +45,25 @@ def results_of(arrays: Arrays, options: tuple[object, ...]) -> tuple[Any, ...] |
     tuple or None
         What the user gets. ``None``: nothing was done, the call has to go the long way.
     """
-    for plan in _plans:
-        if plan.fits(options):
-            results = plan.run(arrays)
-            if results is not None:
-                return results
+    for plans in (_step_plans, _chunk_plans):
+        for plan in plans:
+            if plan.fits(options):
+                results = plan.run(arrays)
+                if results is not None:
+                    return results
     return None
 
 
 def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> None:
-    """Keep the plan of a call that went the long way, if it went token by token.
+    """Keep the plan of a call that went the long way.
 
-    Packed sequences and checkpoints have none, nor have arrays of unusual kinds.
+    Packed sequences and checkpoints have none, nor have arrays of unusual kinds, nor chunks on a
+    GPU.
     """
     p = problem
     chunked = options[0] == "chunk" or (options[0] == "auto" and p.T > 1)
     unfit = arrays[CU_SEQLENS] is not None or arrays[ACCEPTED] is not None or p.checkpoints
-    if chunked or unfit or 0 in (p.B, p.T):
+    if unfit or 0 in (p.B, p.T) or (chunked and p.device != "cpu"):
         return
     slots = arrays[STATE_INDICES]
     if p.device != "cpu" and slots is not None and view(slots, "").device == "cpu":
@@ -69,8 +75,12 @@ def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> N
             if read is None:
                 return
             readers[i] = read
-    _plans.insert(0, _Plan(arrays, options, readers, problem))
-    del _plans[_PLANS_AT_MOST:]
+    if chunked:
+        _chunk_plans.insert(0, _Plan(arrays, options, readers, problem, "chunk"))
+        del _chunk_plans[_CHUNK_PLANS_AT_MOST:]
+    else:
+        _step_plans.insert(0, _Plan(arrays, options, readers, problem, "recurrent"))
+        del _step_plans[_STEP_PLANS_AT_MOST:]
 
 
 class _Plan:
@@ -82,11 +92,11 @@ class _Plan:
         options: tuple[object, ...],
         readers: "dict[int, Reader]",
         problem: Problem,
+        name: str,
     ) -> None:
-        recurrent = stage("recurrent", problem.device)
+        room, places = stage(name, problem.device), stage("recurrent", problem.device).PLACES
         self.options, self.types = options, [*map(type, options)]
-        self.start, places = recurrent.start, recurrent.PLACES
-        self.job = recurrent.job_of(problem)
+        self.start, self.job = room.start, room.job_of(problem)
         self.given = [(i, places[i], read) for i, read in readers.items()]
         self.absent = [i for i, x in enumerate(arrays) if x is None]
         self.state_place, self.final_place = places[INITIAL_STATE], places[FINAL_STATE]
@@ -196,6 +206,15 @@ def _torch_reader(Tensor: Any, *look: Any) -> Reader:
 
 def _maker(x: Any) -> Callable[[], tuple[Any, int]]:
     """Return the function that makes an array like `x`, C-contiguous, and gives its address."""
+    like = replace(view(x, ""), owner=None)  # the plan must not keep an array
+    shape, dtype = tuple(x.shape), x.dtype
+    if like.device == "cpu" and x.nbytes >= LARGE:
+
+        def make_large() -> tuple[Any, int]:
+            made = new_array(like, like.shape, like.dtype)
+            return made.owner, made.address
+
+        return make_large
     if isinstance(x, np.ndarray):
         empty, address_of = np.empty, numpy_address
     else:
@@ -203,7 +222,6 @@ def _maker(x: Any) -> Callable[[], tuple[Any, int]]:
         empty, address_of = torch.empty, torch.Tensor.data_ptr
         if not x.is_cpu:
             empty = partial(empty, device=x.device)
-    shape, dtype = tuple(x.shape), x.dtype
 
     def make() -> tuple[Any, int]:
         made = empty(shape, dtype=dtype)

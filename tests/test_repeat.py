@@ -1,5 +1,6 @@
 """Calls like an earlier one take a short way: it must see all that the long way sees."""
 
+import numba
 import numpy as np
 import pytest
 from cases import assert_same_bits
@@ -15,7 +16,8 @@ SLOTS = np.array([4, -1, 0])
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
     """Let each test begin with calls that nobody has made before."""
-    monkeypatch.setattr(repeat, "_plans", [])
+    monkeypatch.setattr(repeat, "_step_plans", [])
+    monkeypatch.setattr(repeat, "_chunk_plans", [])
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_both_ways_have_the_same_bits(form, out, gate, long_ways):
 
     expected = []
     for seed in range(3):
-        repeat._plans.clear()
+        repeat._step_plans.clear()
         expected.append(nbdelta.fused_recurrent_gated_delta_rule(**call(seed)))
     long_ways.clear()
     for seed in range(3):
@@ -166,4 +168,41 @@ def test_few_plans_are_kept():
     call = pooled()
     for i in range(70):
         nbdelta.fused_recurrent_gated_delta_rule(**copied(call), scale=1.0 + i)
-    assert len(repeat._plans) == repeat._PLANS_AT_MOST
+    assert len(repeat._step_plans) == repeat._STEP_PLANS_AT_MOST
+
+
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+@pytest.mark.parametrize("T", [1, 2, 37])
+def test_chunks_have_both_ways(gate, T, long_ways):
+    rule = nbdelta.gated_delta_rule if gate == "gda" else nbdelta.chunk_kda
+
+    def call(seed):
+        return make_inputs(seed, 2, T, 2, 4, 20, 32, gate)
+
+    expected = []
+    for seed in range(3):
+        repeat._step_plans.clear()
+        repeat._chunk_plans.clear()
+        expected.append(rule(**call(seed), output_final_state=True))
+    long_ways.clear()
+    threads = numba.get_num_threads()
+    for seed in range(3):
+        numba.set_num_threads(1 if seed == 1 else threads)
+        for x, y in zip(rule(**call(seed), output_final_state=True), expected[seed]):
+            assert_same_bits(x, y)
+    numba.set_num_threads(threads)
+    assert not long_ways
+    # what the long way sees
+    given = call(0)
+    with pytest.raises(ValueError, match=r"^out: .*read-only"):
+        out = np.zeros((2, T, 4, 32), np.float32)
+        out.flags.writeable = False
+        rule(**given, output_final_state=True, out=out)
+    with pytest.raises(ValueError, match=r"^k: "):
+        rule(**{**given, "k": given["k"][:, :, :1]}, output_final_state=True)
+
+
+def test_few_plans_of_chunks_are_kept():
+    for T in range(2, 22):
+        nbdelta.chunk_gated_delta_rule(**make_inputs(0, 1, T, 1, 1, 16, 16, "gda"))
+    assert len(repeat._chunk_plans) == repeat._CHUNK_PLANS_AT_MOST

@@ -52,7 +52,7 @@ def launches(device, monkeypatch):
     held, names, torch_view = {}, [], arrays._torch_view
 
     def new(shape, dtype, device="cuda:0"):
-        memory = cuda.device_array(max(math.prod(shape) * dtype.itemsize, 1), np.uint8)
+        memory = cuda.device_array(max(math.prod(shape), 1) * dtype.itemsize, np.uint8)
         address = memory.__cuda_array_interface__["data"][0]
         held[address] = memory
         numbers = (ctypes.c_uint8 * memory.size).from_address(address)

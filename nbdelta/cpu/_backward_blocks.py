@@ -58,8 +58,8 @@ def prepare_block(PER_CHANNEL):
         q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
         k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
         q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-        norms(REAL, desc, k_rows, k_step, KP, m.k_norm)
-        norms(REAL, desc, q_rows, q_step, KP, m.q_norm)
+        norms(REAL, desc, k_rows, k_step, KP, m.k_norm, m.k)
+        norms(REAL, desc, q_rows, q_step, KP, m.q_norm, m.q)
         if not PER_CHANNEL:
             key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
         zero_rows(REAL, dq, KP)

@@ -112,13 +112,19 @@ def _load_token_gates(REAL, desc, b, t, n, hv, m):
 
 
 @njit()
-def norms(REAL, desc, x, step, KP, out):
-    """Factors that normalise 16 rows, or ones."""
+def norms(REAL, desc, x, step, KP, out, copies):
+    """Factors that normalise 16 rows, or ones; and the rows copied one behind the other."""
     eps = real(desc, EPS)
+    inverse_norms(REAL, x, step, KP, REAL(abs(eps)), out, copies, KP * itemsize(REAL))
     if eps < 0:
         fill_row(REAL, REAL(1), out)
-    else:
-        inverse_norms(REAL, x, step, KP, REAL(eps), out)
+
+
+@njit()
+def stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm):
+    """Bring 16 rows of k or q one behind the other, with the factors that normalise them."""
+    rows, step = token_rows(REAL, x, b, t, n, h, desc[K], staged)
+    norms(REAL, desc, rows, step, KP, norm, staged)
 
 
 @njit()

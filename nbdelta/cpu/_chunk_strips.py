@@ -3,7 +3,6 @@
 from functools import cache
 
 from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
-from nbdelta.cpu._chunk_panels import token_rows
 from nbdelta.cpu._chunk_scratch import strip_rows_of
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._matrix_unit import (
@@ -16,13 +15,12 @@ from nbdelta.cpu._matrix_unit import (
     multiply_two,
     split_words,
 )
-from nbdelta.cpu._memory import copy_rows, is_plain, store_tokens
+from nbdelta.cpu._memory import copy_rows, is_plain, load_tokens, store_tokens
 from nbdelta.cpu._simd import itemsize, padded, rows_of_tile, whole_tiles
 from nbdelta.cpu._tiles import (
     KEY_GATE,
     QUERY_GATE,
     SUFFIX,
-    fetch,
     output,
     pair_rows,
     solve,
@@ -53,17 +51,9 @@ def _store_output(REAL, o, rows, step, b, t, n, hv, left, right):
 
 
 @njit()
-def _fetch_tokens(REAL, desc, b, t, hk, hv, per_channel):
-    """What the next block needs of q, k and g: two tokens."""
-    q, k, g = array_at(desc, Q), array_at(desc, KEY), array_at(desc, G)
-    k_next, q_next, g_next = at(k, b, t, hk), at(q, b, t, hk), at(g, b, t, hv)
-    line = 2 * W  # numbers of bfloat16, which k and q are
-    for c in range(0, desc[K], line):
-        fetch(REAL, k_next + c * k[5], k[3])
-        fetch(REAL, q_next + c * q[5], q[3])
-    if per_channel:
-        for c in range(0, desc[K], W):
-            fetch(REAL, g_next + c * g[5], g[3])
+def _columns(x, b, t, h, s):
+    """Address of a token's columns that belong to strip s."""
+    return at(x, b, t, h) + s * W * x[5]
 
 
 @cache
@@ -82,7 +72,8 @@ def _by_panels(PER_CHANNEL, unit):
             array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
             array_at(desc, O),
         )  # fmt: skip
-        v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
+        load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
+        v_step = padded(REAL, width) * size
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix = m.gates + SUFFIX * row
@@ -100,34 +91,27 @@ def _by_panels(PER_CHANNEL, unit):
             new_u = u if PER_CHANNEL else u + W * row
             if PAIRS:
                 states = words
-            # what the next block needs of the caller's arrays, some lines between two products
-            v_next = at(v, b, t + W, hv) + s * W * v[5]
-            o_next = at(o, b, t + W, hv) + s * W * o[5]
-            t_next = t + W + 2 * (s - first)
-            k_next, q_next, g_next = (
-                at(k, b, t_next, hk),
-                at(q, b, t_next, hk),
-                at(g, b, t_next, hv),
-            )
+            # what the next block needs of the caller's arrays
+            v_next, o_next, k_next, q_next, g_next = (
+                _columns(v, b, t + W, hv, s), _columns(o, b, t + W, hv, s),
+                _columns(k, b, t + W, hk, s), _columns(q, b, t + W, hk, s),
+                _columns(g, b, t + W, hv, s),
+            )  # fmt: skip
             for j in range(0, tokens, MR):
                 first_product(
-                    REAL, keys, m.a, states, u, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
-                    v_next, v[3],
+                    REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
+                    v_next, v[3], k_next, k[3], g_next, g[3],
                 )  # fmt: skip
             for j in range(0, tokens, MR):
                 second_product(
                     REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
-                    o[3],
+                    o[3], q_next, q[3],
                 )  # fmt: skip
             if DOTS_IN_UPDATE:
                 u_words = words + KP // 2 * row
                 pair_rows(REAL, new_u, W, u_words)
                 new_u = u_words
             for c in range(0, KP, W):
-                fetch(REAL, k_next + c * k[5], k[3])
-                fetch(REAL, q_next + c * q[5], q[3])
-                if PER_CHANNEL:
-                    fetch(REAL, g_next + c * g[5], g[3])
                 third_product(
                     REAL, updates + c * update_step, tokens, strip + c * row, new_u,
                     m.decay + c * size, words + c // 2 * row,
@@ -195,8 +179,12 @@ def _by_squares(PER_CHANNEL):
         """
         size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
         row, MR = W * size, rows_of_tile(REAL)
-        v, o = array_at(desc, VALUE), array_at(desc, O)
-        v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
+        q, k, v, g, o = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+            array_at(desc, O),
+        )  # fmt: skip
+        load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
+        v_step = padded(REAL, width) * size
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix, strip_size = m.gates + SUFFIX * row, strip_rows_of(KP, SQUARES) * row
@@ -210,22 +198,24 @@ def _by_squares(PER_CHANNEL):
             multiply_two(
                 REAL, m.key_words, m.query_words, 2 * KP, m.state_words, KP, reads, reads + W * row
             )
-            _fetch_tokens(REAL, desc, b, t + W + 2 * s, hk, hv, PER_CHANNEL)
         keep_update(REAL, m, KP, keys, decay)
         for s in range(last - first):
             u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
             i, u_words = first + s, u + 2 * W * row
-            v_next = at(v, b, t + W, hv) + i * W * v[5]
-            o_next = at(o, b, t + W, hv) + i * W * o[5]
+            v_next, o_next, k_next, q_next, g_next = (
+                _columns(v, b, t + W, hv, i), _columns(o, b, t + W, hv, i),
+                _columns(k, b, t + W, hk, i), _columns(q, b, t + W, hk, i),
+                _columns(g, b, t + W, hv, i),
+            )  # fmt: skip
             for j in range(0, W, MR):
                 first_product(
-                    REAL, reads, m.a, 0, u, KP, j, key_gate, v_rows + i * row, v_step, m.beta,
-                    suffix, v_next, v[3],
+                    REAL, reads, m.a, 0, u, KP, j, key_gate, m.v + i * row, v_step, m.beta,
+                    suffix, v_next, v[3], k_next, k[3], g_next, g[3],
                 )  # fmt: skip
             for j in range(0, W, MR):
                 second_product(
                     REAL, reads + W * row, m.p, 0, u, KP, j, query_gate, o_rows + i * row, o_step,
-                    o_next, o[3],
+                    o_next, o[3], q_next, q[3],
                 )  # fmt: skip
             if not PER_CHANNEL:
                 u += W * row

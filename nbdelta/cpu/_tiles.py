@@ -17,20 +17,28 @@ from nbdelta.cpu._simd import tile
 from nbdelta.cpu._vector_unit import W
 
 
-def fma_panel(e, acc, panel, strip, n, maybe_empty=False, fetch=None, pairs=False):
+def fetch_lines(e, ahead, i, n):
+    """Bring line i of each of `ahead` into the cache: address, step, whether it will be written.
+
+    There are n of them. Arrays of NumPy lie across lines: past the first n come their ends.
+    """
+    if ahead:
+        line, end = i % n, i // n % 2 * (e.row - 1)
+    for address, step, write in ahead:
+        e.prefetch(address + step * line + end, write)
+
+
+def fma_panel(e, acc, panel, strip, n, maybe_empty=False, ahead=(), pairs=False):
     """acc[i] += panel[s][i] * strip[s][:] for s < n, a multiple of the rows of a tile.
 
-    With `pairs`, n rows of both are n / 2 rows of words, see `pair_rows`. `fetch` is an address, a
-    step and whether the memory will be written: as many lines as there are rows in the tile are
-    brought into the cache, one a round, so that the misses of the next block are spread over the
-    arithmetic of this one.
+    With `pairs`, n rows of both are n / 2 rows of words, see `pair_rows`. One line of each
+    of `ahead` is brought into the cache a round, see `fetch_lines`, so that the misses of the next
+    block are spread over the arithmetic of this one.
     """
     unroll = min(4, e.mr)
 
     def body(offset, acc):
-        if fetch:
-            address, step, write = fetch
-            e.prefetch(address + step * (offset // (unroll * e.row) % len(acc)), write)
+        fetch_lines(e, ahead, offset // (unroll * e.row), len(acc))
         a = panel + offset
         for u in range(unroll):
             at = [u * e.row + i * e.size for i in range(len(acc))]
@@ -56,17 +64,23 @@ def store_columns(e, block, columns, token, channel):
 
 
 @tile
-def inverse_norms(e, x, x_step, n, eps, out):
-    """out[i] = 1 / sqrt(sum over n channels of x_i^2 + eps) for 16 token rows."""
+def inverse_norms(e, x, x_step, n, eps, out, copies, copy_step):
+    """out[i] = 1 / sqrt(sum over n channels of x_i^2 + eps) for 16 token rows, which are copied.
+
+    Row after row: a step that is a power of two brings the same channel of 16 tokens into one set
+    of the cache, which does not hold as many lines.
+    """
     for token in range(0, W, e.lanes):
-        starts = [x + x_step * (token + i) for i in range(e.lanes)]
+        sums = []
+        for t in range(token, token + e.lanes):
 
-        def body(offset, acc, starts=starts):
-            rows = [e.load(start + offset, 0, e.lanes) for start in starts]
-            return [e.fma(x, x, a) for x, a in zip(rows, acc)]
+            def body(offset, acc, row=x + x_step * t, copy=copies + copy_step * t):
+                x = e.load(row + offset, 0, e.lanes)
+                e.store(x, copy + offset)
+                return [e.fma(x, x, acc[0])]
 
-        acc = e.loop(n * e.size, [e.splat(0.0, e.lanes)] * e.lanes, body, e.lanes * e.size)
-        total = e.sum_lanes(acc) + e.splat(eps, e.lanes)
+            sums += e.loop(n * e.size, [e.splat(0.0, e.lanes)], body, e.lanes * e.size)
+        total = e.sum_lanes(sums) + e.splat(eps, e.lanes)
         e.store(1.0 / e.sqrt(total), out, token * e.size)
 
 
@@ -349,15 +363,16 @@ def finish_pairs(e, kk, qk, beta, scale, a, p):
 # ---- the three state products, `MR` rows of 16 columns at a time ----
 
 
-def state_product(e, unit, panel, first, strip, n, fetch):
+def state_product(e, unit, panel, first, strip, n, ahead):
     """Rows first.. of the product of a panel and the state; of `SQUARES` it is there already."""
+    ahead = [(x + step * first, step, write) for x, step, write in ahead]
     if unit != SQUARES:
         acc = [e.splat(0.0)] * e.mr
         panel = panel + first * e.size
-        return fma_panel(e, acc, panel, strip, n, fetch=fetch, pairs=unit == DOTS)
-    address, step, write = fetch
-    for i in range(e.mr):
-        e.prefetch(address + step * i, write)
+        return fma_panel(e, acc, panel, strip, n, ahead=ahead, pairs=unit == DOTS)
+    for address, step, write in ahead:
+        for i in range(e.mr):
+            e.prefetch(address + step * i, write)
     return [e.load(panel + first * e.row, i * e.row) for i in range(e.mr)]
 
 
@@ -366,15 +381,21 @@ def solve(per_channel, unit):
     """Make the first product; the panel and the state are words unless the unit is `FLOATS`."""
 
     @tile
-    def solve(e, keys, a, states, u, n, first, gate, v, v_step, beta, suffix, ahead, ahead_step):
+    def solve(
+        e, keys, a, states, u, n, first, gate, v, v_step, beta, suffix,
+        v_next, v_next_step, k_next, k_step, g_next, g_step,
+    ):  # fmt: skip
         """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S).
 
         `gate` is what the product with the panel `keys` is multiplied with, `a` holds -A. Products
         with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
-        v, ahead, at = v + v_step * first, ahead + ahead_step * first, first * e.size
-        acc = state_product(e, unit, keys, first, states, n, (ahead, ahead_step, False))
+        v, at = v + v_step * first, first * e.size
+        ahead = [(v_next, v_next_step, False), (k_next, k_step, False)]
+        if per_channel:
+            ahead.append((g_next, g_step, False))
+        acc = state_product(e, unit, keys, first, states, n, ahead)
         for i in range(e.mr):
             x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
             acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
@@ -396,10 +417,13 @@ def output(unit):
     """Make the second product."""
 
     @tile
-    def output(e, queries, p, states, u, n, first, gate, o, o_step, ahead, ahead_step):
+    def output(
+        e, queries, p, states, u, n, first, gate, o, o_step, o_next, o_next_step, q_next, q_step
+    ):
         """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
-        at, fetched = first * e.size, (ahead + ahead_step * first, ahead_step, True)
-        acc = state_product(e, unit, queries, first, states, n, fetched)
+        at = first * e.size
+        ahead = (o_next, o_next_step, True), (q_next, q_step, False)
+        acc = state_product(e, unit, queries, first, states, n, ahead)
         acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
         if e.mr < W:
             acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
@@ -413,13 +437,6 @@ def output(unit):
             e.store(acc[i], o + o_step * i)
 
     return output
-
-
-@tile
-def fetch(e, address, step):
-    """Bring two lines, `step` bytes apart, into the cache."""
-    e.prefetch(address)
-    e.prefetch(address + step)
 
 
 @cache

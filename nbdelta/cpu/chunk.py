@@ -13,7 +13,9 @@ are packed, and for GDA multiplied with each other, once for all of them. Row i 
 only reads rows up to i.
 """
 
+from array import array
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +47,7 @@ from nbdelta.cpu._call import (
     sequence,
     value_head,
 )
-from nbdelta.cpu._chunk_panels import load_beta, norms, token_rows
+from nbdelta.cpu._chunk_panels import load_beta, stage_rows
 from nbdelta.cpu._chunk_scratch import (
     layout,
     layout_of,
@@ -135,7 +137,7 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
         row, strip_rows = W * itemsize(REAL), strip_rows_of(KP, unit)
         head_rows = per_part * strip_rows + waiting_rows_of(KP, unit)
         m = layout_of(states, itemsize(REAL), KP, VP, r * head_rows, unit)
-        strip, head = strip_rows * row, head_rows * row
+        strip, head, step = strip_rows * row, head_rows * row, KP * itemsize(REAL)
         if SQUARED:
             begin_tiles(REAL, m.products)
         while True:
@@ -154,17 +156,15 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
                 n = min(W, eos - t)
                 if interval:
                     n = min(n, interval - (t - bos) % interval)
-                k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
-                q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-                norms(REAL, desc, k_rows, k_step, KP, m.k_norm)
-                norms(REAL, desc, q_rows, q_step, KP, m.q_norm)
+                stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
+                stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
                 if not PER_CHANNEL:
-                    key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
+                    key_head(REAL, desc, m, m.k, step, m.q, step)
                 for j in range(r):
                     hv = value_head(desc, hk, j)
                     load_beta(REAL, desc, b, t, n, hv, m.beta)
                     if PER_CHANNEL:
-                        channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
+                        channel_gates(REAL, desc, m, b, t, n, hv, m.k, step, m.q, step)
                     else:
                         head_gates(REAL, desc, m, b, t, n, hv)
                     own = states + j * head
@@ -192,6 +192,51 @@ def multiplies_halves(dtype):
     return dtype == "bfloat16" and unit_of_halves() != FLOATS
 
 
+class Job(NamedTuple):
+    """A call but for its addresses and its threads."""
+
+    kernel: Any
+    unit: int
+    desc: Any  # array of int64, whose places in `recurrent.PLACES` are for the addresses
+    sizes: tuple[int, ...]  # N, H, value heads per key head, padded K and V, bytes of a number
+    flops: int
+    checkpoint_starts: Any  # kept alive
+
+
+def job_of(problem, min_length=0):
+    """Return the job of a problem, with the addresses of the problem's arrays."""
+    p, REAL = problem, real_of(problem.q.dtype)
+    desc, starts = describe(p, min_length=min_length), None
+    if p.checkpoint_interval:
+        starts = checkpoint_starts(p)
+        desc[CHECKPOINT_STARTS] = starts.ctypes.data
+    halves = multiplies_halves(p.q.dtype) and p.precision != "highest"
+    unit = unit_of_halves() if halves else FLOATS
+    KP, VP = -(-p.K // W) * W, -(-p.V // W) * W
+    sizes = p.N, p.H, p.HV // max(1, p.H), KP, VP, np.dtype(REAL).itemsize
+    kernel = _chunk_kernel(REAL, p.per_channel, unit)
+    flops = 6 * KP * VP * p.HV * p.B * p.T
+    return Job(kernel, unit, array("q", desc.tobytes()), sizes, flops, starts)
+
+
+def start(job, desc):
+    """Run a job with a descriptor that is complete but for its parts."""
+    threads, (N, H, r, KP, VP, size) = thread_count(), job.sizes
+    items, strips = N * H, VP // W
+    # too few heads for the threads: every strip of the value axis can go its own way
+    parts = min(strips, -(-threads // items)) if items else 1
+    per_part = -(-strips // parts)
+    parts = -(-strips // per_part)
+    desc[PARTS] = parts
+    rows = r * (per_part * strip_rows(KP, job.unit) + waiting_rows(KP, job.unit))
+    scratch = layout(0, size, KP, VP, rows, job.unit).end
+    items *= parts
+    run(
+        job.kernel, desc, items, scratch, threads, address=desc.buffer_info()[0],
+        flops=job.flops // max(1, items),
+    )  # fmt: skip
+
+
 def chunk_gated_delta_rule(problem, min_length=0):
     """Fill the outputs of a problem by the chunked algorithm.
 
@@ -202,23 +247,5 @@ def chunk_gated_delta_rule(problem, min_length=0):
     min_length : int
         Sequences with fewer tokens are left alone.
     """
-    p = problem
-    REAL = real_of(p.q.dtype)
-    desc = describe(p, min_length=min_length)
-    if p.checkpoint_interval:
-        starts = checkpoint_starts(p)
-        desc[CHECKPOINT_STARTS] = starts.ctypes.data
-    KP, VP = -(-p.K // W) * W, -(-p.V // W) * W
-    threads, items = thread_count(), p.N * p.H
-    # too few heads for the threads: every strip of the value axis can go its own way
-    parts = min(VP // W, -(-threads // items)) if items else 1
-    per_part = -(-(VP // W) // parts)
-    parts = -(-(VP // W) // per_part)
-    desc[PARTS] = parts
-    pairs = multiplies_halves(p.q.dtype) and p.precision != "highest"
-    unit = unit_of_halves() if pairs else FLOATS
-    rows = p.HV // p.H * (per_part * strip_rows(KP, unit) + waiting_rows(KP, unit))
-    scratch = layout(0, np.dtype(REAL).itemsize, KP, VP, rows, unit).end
-    items *= parts
-    flops = 6 * KP * VP * p.HV * p.B * p.T // max(1, items)
-    run(_chunk_kernel(REAL, p.per_channel, unit), desc, items, scratch, threads, flops=flops)
+    job = job_of(problem, min_length)
+    start(job, job.desc)
