@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import nbdelta
-from nbdelta import naive
+from nbdelta import naive, repeat
 from nbdelta.cpu import _matrix_unit, chunk
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.testing import make_inputs, rel_l2
@@ -17,6 +17,7 @@ def _use(monkeypatch, unit):
     if unit == SQUARES and _matrix_unit.HAS_TILES and _matrix_unit.unit_of_halves() != SQUARES:
         pytest.skip("the system does not give its matrix unit to this process")
     monkeypatch.setattr(chunk, "unit_of_halves", lambda: unit)
+    monkeypatch.setattr(repeat, "_chunk_plans", [])  # calls made for another unit
 
 
 units = pytest.mark.parametrize("unit", [DOTS, SQUARES], ids=["dots", "squares"])
