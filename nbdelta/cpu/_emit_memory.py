@@ -102,7 +102,10 @@ class Memory:
         return b.trunc(b.select(b.fcmp_unordered("uno", x, x), nan, rounded), shape_of(I16, lanes))
 
     def _from_half_bits(self, bits, lanes):
-        """float32 of the bits of a float16: scaling by 2^112 moves the exponent, denormals too."""
+        """float32 of the bits of a float16: scaling by 2^112 moves the exponent, denormals too.
+
+        Those are denormals of float32 before: no mode may take what is read for 0.
+        """
         b = self.b
 
         def number(n):

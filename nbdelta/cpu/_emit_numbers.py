@@ -81,8 +81,9 @@ class Numbers:
         NaN.
 
         ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: a Taylor polynomial of e^r, times 2^n in two
-        steps so that results below the normal range come out right. Adding a large number rounds
-        to an integer without a conversion, which would be undefined for NaN.
+        steps, as 2^128 is no number but e^88.5 is, and so that denormals come out right where they
+        are not flushed. Adding a large number rounds to an integer without a conversion, which
+        would be undefined for NaN.
         """
         double = self.real == F64
         low, high, degree = (-746.0, 710.0, 13) if double else (-105.0, 89.0, 7)

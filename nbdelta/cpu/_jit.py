@@ -20,6 +20,8 @@ from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.serialize import dumps
 from numba.core.typed_passes import NativeLowering
 
+from nbdelta.cpu._float_mode import begin_flushing, end_flushing
+
 # Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
 # imports. Every kernel refers to this number, which makes it a part of the cache key.
 SOURCES = int.from_bytes(
@@ -175,8 +177,17 @@ def kernel(*key):
     """
 
     def compile_kernel(function):
+        body = njit()(function)
+
+        # here for all kernels, however they are called; none of them raises
+        def entry(desc, worker):
+            mode = begin_flushing()
+            body(desc, worker)
+            end_flushing(mode)
+
+        entry.__qualname__ = function.__qualname__  # what profiles and Numba's events show
         types_of_it = SIGNATURE.args, SIGNATURE.return_type
-        compiled = CFunc(function, types_of_it, {}, {"error_model": "numpy"})
+        compiled = CFunc(entry, types_of_it, {}, {"error_model": "numpy"})
         try:
             compiled._cache = _Cache(function, [getattr(k, "__name__", k) for k in key])
         except (OSError, RuntimeError) as error:  # Numba finds no folder that can be written to
