@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from nbdelta.cpu._llvm import F64, I32, I64, Value, constant, mask_of, shape_of
+from nbdelta.cpu._vector_unit import BITS
 
 _LN2 = Fraction("0.693147180559945309417232121458176568")
 
@@ -101,6 +102,8 @@ class Numbers:
         p = self.like(x, 1 / math.factorial(degree))
         for i in reversed(range(degree)):
             p = self.fma(p, r, self.like(x, 1 / math.factorial(i)))
+        if BITS == 512 and x.ir.type.count == self.lanes:
+            return self._scale(p, n)
         whole = I64 if double else I32
         lanes = x.ir.type.count
         origin = int(np.array(magic, np.float64 if double else np.float32).view(f"i{self.size}"))
@@ -112,6 +115,17 @@ class Numbers:
             power = self.b.shl(power, constant(whole, lanes, mantissa))
             p = p * Value(self, self.b.bitcast(power, x.ir.type))
         return p
+
+    def _scale(self, x, n):
+        """Return x 2^n for whole numbers n, by AVX-512's instruction for it."""
+        kind, lanes = x.ir.type, x.ir.type.count
+        mask = ir.IntType(lanes)
+        function = ir.FunctionType(kind, [kind, kind, kind, mask, I32])
+        suffix = "pd" if self.real == F64 else "ps"
+        name = f"llvm.x86.avx512.mask.scalef.{suffix}.512"
+        function = cgutils.get_or_insert_function(self.b.module, function, name)
+        every, rounding = ir.Constant(mask, -1), ir.Constant(I32, 4)  # the mode in force
+        return Value(self, self.b.call(function, [x.ir, n.ir, x.ir, every, rounding]))
 
     def softplus(self, x):
         """log(1 + e^x) = max(x, 0) + log1p(y) with y = e^-|x|, to a few ulp however small it is.
