@@ -2,8 +2,8 @@
 
 A step reads the state front to back for the sums S^T e^g k and S^T e^g q, and writes it back to
 front, since what was read last is still in the cache. With `far` each pass fetches half a state:
-the second half of this one, then the first half of the one behind it. Source and target may be the
-same.
+the second half of this one, then the first half of the one behind it, unless whole rows go by in
+order and are of 32 or 64 bits. Source and target may be the same.
 
 All forms of the same numbers in memory give the same bits: every sum goes over the keys in order.
 ``STATE`` is the NumPy type of the numbers of the state, ``np.uint16`` for bfloat16.
@@ -12,6 +12,7 @@ All forms of the same numbers in memory give the same bits: every sum goes over 
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import zero_rows
 from nbdelta.cpu._simd import itemsize
+from nbdelta.cpu._step_column_tiles import columns_held, read_columns, write_columns
 from nbdelta.cpu._step_tiles import (
     LINE,
     ROWS,
@@ -23,7 +24,33 @@ from nbdelta.cpu._step_tiles import (
     write_rows,
     write_values,
 )
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._vector_unit import BITS, W
+
+HOLDS_SUMS = BITS == 512  # in registers, of which there are enough
+
+
+@njit()
+def _step_by_columns(
+    REAL, STATE, source, step, target, target_step, K, V, ahead, far, k, gated, v, beta, scale, qk,
+    sums, o,
+):  # fmt: skip
+    """As `step`, for as many columns at a time as have their sums in registers."""
+    SIZE, size, held = itemsize(REAL), itemsize(STATE), columns_held(REAL)
+    key, second = (K + W - 1) // W * W * SIZE, V * SIZE
+    decay, reach = gated + 2 * key, held * size // 2 * far
+    for c in range(0, V, held):
+        read_columns(
+            REAL, STATE, source + c * size, step, K, gated, key, sums + c * SIZE, second, ahead,
+            reach,
+        )  # fmt: skip
+        ahead += K * reach
+    finish_sums(REAL, STATE, v, beta, scale, qk, V, sums, o)
+    for c in range(V - held, -1, -held):
+        write_columns(
+            REAL, STATE, source + c * size, step, target + c * size, target_step, K, k, decay,
+            sums + c * SIZE, ahead, reach,
+        )  # fmt: skip
+        ahead += K * reach
 
 
 @njit()
@@ -36,8 +63,15 @@ def step(
     decay = gated + 2 * key
     # registers of sums are to be aligned where those of the state are
     sums += source % LINE
-    zero_rows(REAL, sums, 2 * V // W)
     ahead, reach = source + K * half * far, ROWS * half * far
+    if HOLDS_SUMS:
+        if V % columns_held(REAL) == 0:
+            _step_by_columns(
+                REAL, STATE, source, step, target, target_step, K, V, ahead, far, k, gated, v, beta,
+                scale, qk, sums, o,
+            )  # fmt: skip
+            return
+    zero_rows(REAL, sums, 2 * V // W)
     i = 0
     while i + ROWS <= K:
         rows, at = source + i * step, gated + i * SIZE

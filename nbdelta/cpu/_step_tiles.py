@@ -151,7 +151,7 @@ def _over_columns(e, dtype, state, n, body):
     loop(pairs, end, 0)
 
 
-def _load(e, dtype, address, columns):
+def load_state(e, dtype, address, columns):
     """Columns of a state as a list of registers."""
     if paired(dtype):
         return e.load_pairs(address + columns[0] * 2)
@@ -159,7 +159,7 @@ def _load(e, dtype, address, columns):
     return [e.join([e.load_as(dtype, address + c * size, lanes) for c in columns])]
 
 
-def _store(e, dtype, values, address, columns):
+def store_state(e, dtype, values, address, columns):
     if paired(dtype):
         e.store_pairs(values, address + columns[0] * 2)
         return
@@ -170,7 +170,7 @@ def _store(e, dtype, values, address, columns):
         e.store_as(dtype, value, address + c * size_of(dtype), e.lanes // len(columns))
 
 
-def _scratch_row(e, dtype, address, columns):
+def scratch_row(e, dtype, address, columns):
     """Numbers of a row of scratch in registers, as `_load` has them."""
     if paired(dtype):
         starts = [columns[0], columns[0] + W // 2]
@@ -181,14 +181,20 @@ def _scratch_row(e, dtype, address, columns):
 
 def _add(e, dtype, address, columns, factors, state):
     """Add the products of factors and registers of the state to a row of scratch."""
-    sums = _scratch_row(e, dtype, address, columns)
+    sums = scratch_row(e, dtype, address, columns)
     for factor, s in zip(factors, state, strict=True):
         sums = [e.fma(x, factor, y) for x, y in zip(s, sums, strict=True)]
     if paired(dtype):
         columns = [columns[0], columns[0] + W // 2]
     else:
-        sums = e.split(sums[0], len(columns))
+        store_scratch(e, sums[0], address, columns)
+        return
     for c, x in zip(columns, sums, strict=True):
+        e.store(x, address + c * e.size)
+
+
+def store_scratch(e, value, address, columns):
+    for c, x in zip(columns, e.split(value, len(columns)), strict=True):
         e.store(x, address + c * e.size)
 
 
@@ -219,7 +225,7 @@ def _state_rows(rows):
         def body(columns):
             if rows > 1:
                 _fetch(e, dtype, ahead, columns[0], rows)
-            state = [_load(e, dtype, source + step * i, columns) for i in range(rows)]
+            state = [load_state(e, dtype, source + step * i, columns) for i in range(rows)]
             _add(e, dtype, sums, columns, keys, state)
             _add(e, dtype, sums + second, columns, queries, state)
 
@@ -233,11 +239,11 @@ def _state_rows(rows):
         def body(columns):
             if rows > 1:
                 _fetch(e, dtype, ahead, columns[0], rows)
-            errors = _scratch_row(e, dtype, d, columns)
+            errors = scratch_row(e, dtype, d, columns)
             for i in range(rows):
-                s = _load(e, dtype, source + step * i, columns)
+                s = load_state(e, dtype, source + step * i, columns)
                 s = [e.fma(keys[i], x, y * decays[i]) for x, y in zip(errors, s, strict=True)]
-                _store(e, dtype, s, target + target_step * i, columns)
+                store_state(e, dtype, s, target + target_step * i, columns)
 
         _over_columns(e, dtype, source, n, body)
 
