@@ -37,6 +37,7 @@ from nbdelta.cpu._tiles import (
     LAST,
     MANY,
     QUERY_GATE,
+    SOME,
     SUFFIX,
     apply_norms,
     clear_pairs,
@@ -54,6 +55,7 @@ from nbdelta.cpu._tiles import (
     query_panels,
     round_rows,
     sigmoid_row,
+    some_pair_sums,
     suffix_rows,
 )
 from nbdelta.cpu._vector_unit import W
@@ -141,6 +143,9 @@ def _pairs(REAL, KP, n, m, scale):
             if done + MANY * lanes <= KP:
                 many_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
                 done += MANY * lanes
+            elif done + SOME * lanes <= KP:
+                some_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
+                done += SOME * lanes
             else:
                 few_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
                 done += W

@@ -16,11 +16,12 @@ from nbdelta.cpu._matrix_unit import (
     split_words,
 )
 from nbdelta.cpu._memory import copy_rows, is_plain, load_tokens, store_tokens
-from nbdelta.cpu._simd import itemsize, padded, rows_of_tile, whole_tiles
+from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
 from nbdelta.cpu._tiles import (
     KEY_GATE,
     QUERY_GATE,
     SUFFIX,
+    few_rows,
     output,
     pair_rows,
     solve,
@@ -59,6 +60,7 @@ def _columns(x, b, t, h, s):
 @cache
 def _by_panels(PER_CHANNEL, unit):
     first_product, second_product = solve(PER_CHANNEL, unit), output(unit)
+    few_of_first, few_of_second = solve(PER_CHANNEL, unit, True), output(unit, True)
     third_product = update(PER_CHANNEL, unit)
     PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
 
@@ -66,8 +68,9 @@ def _by_panels(PER_CHANNEL, unit):
     def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips, waits):
         """One strip after the other, which stays in the first cache for its three products."""
         size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
-        row, MR = W * size, rows_of_tile(REAL)
-        tokens = whole_tiles(REAL, n)
+        row, MR, few = W * size, rows_of_tile(REAL), few_rows(REAL)
+        # the last tokens of a sequence go a few at a time, but for words, which come in pairs
+        whole, tokens = n // MR * MR, (n + few - 1) // few * few
         q, k, v, g, o = (
             array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
             array_at(desc, O),
@@ -81,7 +84,7 @@ def _by_panels(PER_CHANNEL, unit):
         if PER_CHANNEL:
             updates = m.updates
         if PAIRS:
-            keys, queries, tokens = m.key_words, m.query_words, W
+            keys, queries, whole, tokens = m.key_words, m.query_words, W, W
         if DOTS_IN_UPDATE:
             updates, update_step = m.update_words, row // 2
         for s in range(first, last):
@@ -97,13 +100,23 @@ def _by_panels(PER_CHANNEL, unit):
                 _columns(k, b, t + W, hk, s), _columns(q, b, t + W, hk, s),
                 _columns(g, b, t + W, hv, s),
             )  # fmt: skip
-            for j in range(0, tokens, MR):
+            for j in range(0, whole, MR):
                 first_product(
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
                     v_next, v[3], k_next, k[3], g_next, g[3],
                 )  # fmt: skip
-            for j in range(0, tokens, MR):
+            for j in range(whole, tokens, few):
+                few_of_first(
+                    REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
+                    v_next, v[3], k_next, k[3], g_next, g[3],
+                )  # fmt: skip
+            for j in range(0, whole, MR):
                 second_product(
+                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
+                    o[3], q_next, q[3],
+                )  # fmt: skip
+            for j in range(whole, tokens, few):
+                few_of_second(
                     REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
                     o[3], q_next, q[3],
                 )  # fmt: skip

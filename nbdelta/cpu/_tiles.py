@@ -13,8 +13,8 @@ loop over the panel and the strip together is ``[K-part | triangle] [S; U]``.
 from functools import cache
 
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
-from nbdelta.cpu._simd import tile
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._simd import constant_of, tile
+from nbdelta.cpu._vector_unit import W, tile_rows
 
 
 def fetch_lines(e, ahead, i, n):
@@ -291,7 +291,8 @@ def suffix_rows(squares):
     return suffix_rows
 
 
-MANY = 8  # registers of channels that fit beside the running sums
+# registers of channels: as many as fit beside the running sums, and half of them
+MANY, SOME = 8, 4
 
 
 def _pair_sums(vectors_of):
@@ -331,7 +332,7 @@ def _pair_sums(vectors_of):
     return pair_sums
 
 
-many_pair_sums = _pair_sums(lambda e: MANY)
+many_pair_sums, some_pair_sums = _pair_sums(lambda e: MANY), _pair_sums(lambda e: SOME)
 few_pair_sums = _pair_sums(lambda e: W // e.lanes)
 
 
@@ -363,21 +364,31 @@ def finish_pairs(e, kk, qk, beta, scale, a, p):
 # ---- the three state products, `MR` rows of 16 columns at a time ----
 
 
-def state_product(e, unit, panel, first, strip, n, ahead):
+FEW = 4  # rows of the tiles for the end of a sequence: as many as hide a multiply-add's latency
+
+
+def state_product(e, rows, unit, panel, first, strip, n, ahead):
     """Rows first.. of the product of a panel and the state; of `SQUARES` it is there already."""
     ahead = [(x + step * first, step, write) for x, step, write in ahead]
     if unit != SQUARES:
-        acc = [e.splat(0.0)] * e.mr
+        acc = [e.splat(0.0)] * rows
         panel = panel + first * e.size
         return fma_panel(e, acc, panel, strip, n, ahead=ahead, pairs=unit == DOTS)
     for address, step, write in ahead:
-        for i in range(e.mr):
+        for i in range(rows):
             e.prefetch(address + step * i, write)
-    return [e.load(panel + first * e.row, i * e.row) for i in range(e.mr)]
+    return [e.load(panel + first * e.row, i * e.row) for i in range(rows)]
+
+
+def _few_rows(size):
+    return min(FEW, tile_rows(size))
+
+
+few_rows = constant_of(_few_rows)
 
 
 @cache
-def solve(per_channel, unit):
+def solve(per_channel, unit, few=False):
     """Make the first product; the panel and the state are words unless the unit is `FLOATS`."""
 
     @tile
@@ -391,29 +402,29 @@ def solve(per_channel, unit):
         with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
-        v, at = v + v_step * first, first * e.size
+        v, at, rows = v + v_step * first, first * e.size, _few_rows(e.size) if few else e.mr
         ahead = [(v_next, v_next_step, False), (k_next, k_step, False)]
         if per_channel:
             ahead.append((g_next, g_step, False))
-        acc = state_product(e, unit, keys, first, states, n, ahead)
-        for i in range(e.mr):
+        acc = state_product(e, rows, unit, keys, first, states, n, ahead)
+        for i in range(rows):
             x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
             acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
-        if e.mr < W:
+        if rows < W:
             acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
         triangle, u = a + first * e.row + at, u + first * e.row
-        for j in range(e.mr):
+        for j in range(rows):
             e.store(acc[j], u, j * e.row)
             if not per_channel:
                 e.store(acc[j] * e.bcast(suffix + at, j * e.size), u, (W + j) * e.row)
-            for i in range(j + 1, e.mr):
+            for i in range(j + 1, rows):
                 acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
 
     return solve
 
 
 @cache
-def output(unit):
+def output(unit, few=False):
     """Make the second product."""
 
     @tile
@@ -421,19 +432,19 @@ def output(unit):
         e, queries, p, states, u, n, first, gate, o, o_step, o_next, o_next_step, q_next, q_step
     ):
         """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
-        at = first * e.size
+        at, rows = first * e.size, _few_rows(e.size) if few else e.mr
         ahead = (o_next, o_next_step, True), (q_next, q_step, False)
-        acc = state_product(e, unit, queries, first, states, n, ahead)
+        acc = state_product(e, rows, unit, queries, first, states, n, ahead)
         acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
-        if e.mr < W:
+        if rows < W:
             acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
         triangle, u = p + first * e.row + at, u + first * e.row
-        for j in range(e.mr):
+        for j in range(rows):
             x = e.load(u, j * e.row)
-            for i in range(j, e.mr):
+            for i in range(j, rows):
                 acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
         o = o + o_step * first
-        for i in range(e.mr):
+        for i in range(rows):
             e.store(acc[i], o + o_step * i)
 
     return output
