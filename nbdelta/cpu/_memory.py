@@ -108,6 +108,21 @@ def copy_rows(e, source, source_step, target, target_step, n):
 
 
 @tile
+def copy_strips(e, source, source_step, source_strip, target, target_step, target_strip, n, strips):
+    """N rows of `strips` times 16 numbers; a row and its parts are a step and a strip apart."""
+
+    def row(_, rows):
+        def part(_, parts):
+            e.store(e.load(parts[0]), parts[1])
+            return [parts[0] + source_strip, parts[1] + target_strip]
+
+        e.loop(strips, rows, part)
+        return [rows[0] + source_step, rows[1] + target_step]
+
+    e.loop(n, [source, target], row)
+
+
+@tile
 def transpose_tile(e, x, step):
     """Transpose 16 rows of 16 numbers, `step` bytes apart, where they lie."""
 

@@ -68,7 +68,9 @@ from nbdelta.cpu._matrix_unit import (
     unit_of_halves,
 )
 from nbdelta.cpu._memory import (
+    copy_strips,
     load_columns,
+    own_code,
     real_of,
     store_columns,
     zero_rows,
@@ -81,6 +83,12 @@ from nbdelta.cpu._tiles import (
 from nbdelta.cpu._vector_unit import W
 
 
+@njit()
+def _is_dense(REAL, desc, x):
+    """Whether the rows of states lie as those of strips do: own dtype, contiguous, whole tiles."""
+    return x[1] == own_code(REAL) and x[5] == itemsize(REAL) and desc[V] % W == desc[K] % W == 0
+
+
 @cache
 def _load_states(unit):
     WORDS = unit == DOTS
@@ -90,17 +98,24 @@ def _load_states(unit):
         """Bring columns first.. of a key head's states into strips `strip` bytes apart."""
         k, v, row, KP = desc[K], desc[V], W * itemsize(REAL), padded(REAL, desc[K])
         for j in range(desc[HV] // desc[H]):
-            target = states + j * head
-            for s in range(first, last):
-                if h0[0]:
-                    source = at(h0, slot, value_head(desc, hk, j), 0) + s * W * h0[5]
-                    width = min(W, v - s * W)
-                    load_columns(REAL, h0[1], source, h0[4], h0[5], k, width, target, row)
+            target, n = states + j * head, last - first
+            if not h0[0]:
+                for s in range(n):
+                    zero_rows(REAL, target + s * strip, KP)
+            else:
+                source = at(h0, slot, value_head(desc, hk, j), 0) + first * W * h0[5]
+                if _is_dense(REAL, desc, h0):
+                    copy_strips(REAL, source, h0[4], row, target, row, strip, k, n)
                 else:
-                    zero_rows(REAL, target, KP)
-                if WORDS:
-                    pair_rows(REAL, target, KP, target + (KP + 2 * W) * row)
-                target += strip
+                    for s in range(n):
+                        part, width = source + s * W * h0[5], min(W, v - (first + s) * W)
+                        load_columns(
+                            REAL, h0[1], part, h0[4], h0[5], k, width, target + s * strip, row
+                        )
+            if WORDS:
+                for s in range(n):
+                    place = target + s * strip
+                    pair_rows(REAL, place, KP, place + (KP + 2 * W) * row)
 
     return load_states
 
@@ -108,14 +123,16 @@ def _load_states(unit):
 @njit()
 def _store_states(REAL, desc, ht, slot, hk, first, last, states, head, strip):
     """Write columns first.. of a key head's states from strips `strip` bytes apart."""
-    k, v, row = desc[K], desc[V], W * itemsize(REAL)
+    k, v, row, n = desc[K], desc[V], W * itemsize(REAL), last - first
     for j in range(desc[HV] // desc[H]):
         source = states + j * head
-        for s in range(first, last):
-            target = at(ht, slot, value_head(desc, hk, j), 0) + s * W * ht[5]
-            width = min(W, v - s * W)
-            store_columns(REAL, ht[1], source, row, k, width, target, ht[4], ht[5])
-            source += strip
+        target = at(ht, slot, value_head(desc, hk, j), 0) + first * W * ht[5]
+        if _is_dense(REAL, desc, ht):
+            copy_strips(REAL, source, row, strip, target, ht[4], row, k, n)
+        else:
+            for s in range(n):
+                part, width = target + s * W * ht[5], min(W, v - (first + s) * W)
+                store_columns(REAL, ht[1], source + s * strip, row, k, width, part, ht[4], ht[5])
 
 
 @cache
