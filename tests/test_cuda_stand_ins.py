@@ -18,6 +18,7 @@ EMULATED = {
     "test_cuda_backward.py": "not options and not shapes",
     "test_cuda_blocks.py": "",
     "test_cuda_chunk.py": "",
+    "test_cuda_cli.py": "float32-gda or float64-blocks or bench",
     "test_cuda_host.py": "",
     "test_cuda_profile.py": "",
     "test_cuda_recurrent.py": "",

@@ -51,6 +51,8 @@ from nbdelta.cuda._backward_scan import errors_kernel, scan_kernel
 from nbdelta.cuda._call import LENGTH, G, describe, put_array
 from nbdelta.cuda._chunk_form import PER_SEGMENT, SEGMENT, count_chunks
 from nbdelta.cuda._jit import device_limits, place_of
+from nbdelta.cuda._kept_states import clear_unused_states as clear_unused_states
+from nbdelta.cuda._kept_states import specialisations as of_kept_states
 from nbdelta.cuda._memory import real_of
 from nbdelta.cuda.gate import fused_gate
 
@@ -75,6 +77,7 @@ def specialisations():
         ("shares", shares_kernel(real_of(dtype), False), 0),
     ):
         yield f"backward {name}", kernel, BACKWARD_LENGTH, shared
+    yield from of_kept_states()
 
 
 def _log_decay(p, real):
