@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 # file: which of its tests
 EMULATED = {
     "test_cuda_arrays.py": "",
-    "test_cuda_backward.py": "not options and not shapes",
+    "test_cuda_backward.py": "not (shapes and float64)",
     "test_cuda_blocks.py": "",
     "test_cuda_chunk.py": "",
     "test_cuda_cli.py": "float32-gda or float64-blocks or bench",

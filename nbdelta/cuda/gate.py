@@ -36,9 +36,9 @@ GROUPS = EXTRA
 
 
 @specialised
-def _gate_kernel(DTYPE, WIDE):
-    """Kernel for a dtype of x; `WIDE`: A_log or dt_bias is float64."""
-    REAL = real_of(DTYPE)
+def _gate_kernel(DTYPE, OUT, WIDE):
+    """Kernel for dtypes of x and of the result; `WIDE`: A_log or dt_bias is float64."""
+    REAL = real_of(OUT)
     get, put, get_parameter = reader(DTYPE, REAL), writer(str(REAL), REAL), read_real(REAL, WIDE)
     _, log_decay = gate_functions(REAL)
 
@@ -71,13 +71,19 @@ def _gate_kernel(DTYPE, WIDE):
 def specialisations():
     """Name, kernel, descriptor length and dynamic shared memory of all that is ever launched."""
     for dtype in ("float32", "float16", "bfloat16"):
-        yield f"gate {dtype}", _gate_kernel(dtype, False), LENGTH, 0
-        yield f"gate {dtype}, parameters float64", _gate_kernel(dtype, True), LENGTH, 0
-    yield "gate float64", _gate_kernel("float64", True), LENGTH, 0
+        yield f"gate {dtype}", _gate_kernel(dtype, "float32", False), LENGTH, 0
+        wide = _gate_kernel(dtype, "float32", True)
+        yield f"gate {dtype}, parameters float64", wide, LENGTH, 0
+    # the backward pass wants the precision of q
+    for pair in (("float64", "float64"), ("float32", "float64"), ("float64", "float32")):
+        yield f"gate {' to '.join(pair)}", _gate_kernel(*pair, True), LENGTH, 0
 
 
 def fused_gate(x, out, A_log, dt_bias, lower_bound):
-    """Fill `out` with the log decay of `x`, ``[B, T, HV]`` or ``[B, T, HV, K]``."""
+    """Fill `out` with the log decay of `x`, ``[B, T, HV]`` or ``[B, T, HV, K]``.
+
+    `out` is float32 or float64, and so are the numbers in between.
+    """
     desc = np.zeros(LENGTH, np.int64)
     for index, view in ((G, x), (O, out), (A_LOG, A_log), (DT_BIAS, dt_bias)):
         put_array(desc, index, view)
@@ -86,6 +92,8 @@ def fused_gate(x, out, A_log, dt_bias, lower_bound):
     desc[GROUPS] = groups = -(-x.shape[1] // TOKENS)
     desc[RAW_GATE] = True
     put_float(desc, BOUND, lower_bound or 0.0, np.dtype(out.dtype))
-    wide = x.dtype == "float64" or any(p and p.dtype == "float64" for p in (A_log, dt_bias))
+    wide = "float64" in (x.dtype, out.dtype)
+    wide = wide or any(p and p.dtype == "float64" for p in (A_log, dt_bias))
     items = x.shape[0] * groups * int(desc[HV] * desc[K])
-    _gate_kernel(x.dtype, wide).launch((-(-items // THREADS), 1, 1), desc, place_of(x))
+    gate_kernel = _gate_kernel(x.dtype, out.dtype, wide)
+    gate_kernel.launch((-(-items // THREADS), 1, 1), desc, place_of(x))
