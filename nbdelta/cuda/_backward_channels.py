@@ -27,7 +27,7 @@ from nbdelta.cuda._backward_call import (
     WRITES,
     chunk_of,
 )
-from nbdelta.cuda._backward_tokens import exp_of, make_dot, make_tokens
+from nbdelta.cuda._backward_tokens import make_dot, make_tokens
 from nbdelta.cuda._call import HV, KEY, G, K, Q, array_at, at, key_head
 from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import (
@@ -124,17 +124,17 @@ def channels_bytes(dtype, KP):
 
 
 @specialised
-def channels_kernel(dtype, gate_dtype, KP):
+def channels_kernel(dtype, gated, KP):
     """The kernel, for a grid of chunks x value heads.
 
     The reads become the gradients of q and k, the writes that of the log decay.
     """
     REAL = real_of(dtype)
-    get_column, get_gates = (column_reader(x or dtype, REAL, BLOCK) for x in (dtype, gate_dtype))
-    get_rows, put_rows = column_reader(str(REAL), REAL, BLOCK), block_writer(REAL, 1, BLOCK)
+    get_column, get_rows = (column_reader(x, REAL, BLOCK) for x in (dtype, str(REAL)))
+    put_rows = block_writer(REAL, 1, BLOCK)
     get, put = reader(str(REAL), REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
-    prefixes, suffixes, products, scale, ones = make_tokens(REAL)
+    prefixes, suffixes, products, scale, ones, ones_after = make_tokens(REAL)
     add_two, read_state, write_state, read_token, read_by_tokens = _make_channel(REAL)
     dot = make_dot(REAL, BLOCK)
     # weights with what comes after; of a channel, tokens are KP apart
@@ -164,11 +164,11 @@ def channels_kernel(dtype, gate_dtype, KP):
 
     @device
     def load_decays(desc, b, start, block, count, hv, c):
-        if gate_dtype is None:
+        if not gated:
             return ones()
-        g = array_at(desc, G)
+        g, left = array_at(desc, G), count - BLOCK * block
         source = at(g, b, start + BLOCK * block, hv) + c * g[5]
-        return exp_of(get_gates(source, g[3], count - BLOCK * block))
+        return ones_after(get_rows(source, g[3], left), int32(left))
 
     @kernel(KP)
     def backward_channels_kernel(desc):

@@ -12,7 +12,7 @@ from nbdelta.cuda._call import first_checkpoint as count_checkpoints
 from nbdelta.cuda._jit import kernel, place_of, specialised
 from nbdelta.cuda._memory import ITEMSIZE, real_of, writer
 
-THREADS = 256
+THREADS = 128
 
 
 @specialised
