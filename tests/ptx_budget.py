@@ -45,8 +45,10 @@ BUDGETS = (
     Budget("chunk pack *", 64, 0, 4),
     Budget("backward pairs, *", 96, 52 * 1024, 2),
     # a part of a state, or of a product, in registers; tiles of 256 channels in three planes
-    Budget("backward errors, *", 192, 68 * 1024, 1, PLANES),
-    Budget("backward scan, *", 248, 91 * 1024, 1, PLANES),
+    Budget("backward errors, bfloat16", 168, 36 * 1024, 2, PLANES),
+    Budget("backward errors, *", 208, 68 * 1024, 1, PLANES),
+    Budget("backward scan, bfloat16", 224, 43 * 1024, 1, PLANES),
+    Budget("backward scan, *", 255, 91 * 1024, 1, PLANES),
     Budget("backward reads, K 256", 224, 62 * 1024, 1, PLANES),
     Budget("backward reads, *", 168, 37 * 1024, 1, PLANES),
     # without tensor cores

@@ -12,8 +12,9 @@ from nbdelta.cuda._backward_state import (
     WARPS,
     make_products,
     places_of,
+    planes_of,
 )
-from nbdelta.cuda._backward_tokens import make_tokens
+from nbdelta.cuda._backward_tokens import make_tokens, spread
 from nbdelta.cuda._call import KEY, SCALE, G, K, Q, V, array_at, at, key_head
 from nbdelta.cuda._jit import device
 from nbdelta.cuda._memory import (
@@ -53,28 +54,39 @@ def make_solve(REAL):
 
 
 @cache
-def make_block(dtype, gated, KP):
-    """Loading what both kernels want of a block of tokens."""
+def make_block(dtype, gate, KP):
+    """Loading what both kernels want of a block of tokens; `gate` as theirs."""
     REAL = real_of(dtype)
     get_column, get_numbers = (column_reader(x, REAL, BLOCK) for x in (dtype, str(REAL)))
     get_real, real = reader(str(REAL), REAL), real_field(REAL)
     _, _, put_tile, *_ = make_products(dtype, KP)
     prefixes, suffixes, products, scale, ones, ones_after = make_tokens(REAL)
-    size = ITEMSIZE[str(REAL)]
+    size, by_warps = ITEMSIZE[str(REAL)], planes_of(dtype) > 0
     TILES, PRE, SUFFIX, QUERIES, _ = places_of(dtype, KP)
     zero = REAL(0)
+
+    @device
+    def of_tokens(address, step, n, lane):
+        """A number of every token, the same for all channels: n of them, then zeros."""
+        if not by_warps:
+            return get_numbers(address, step, n)
+        i = lane & (BLOCK - 1)
+        return spread(get_real(address + i * step) if i < n else zero)
 
     @device
     def load_channel(desc, x, norm, b, first, n, hv, c):
         """Channel c of K or Q, normalised, and of the decays: of what is not there 0 and 1."""
         g, factors = array_at(desc, G), array_at(desc, FACTORS)
         source, count = at(x, b, first, key_head(desc, hv)) + c * x[5], n if c < desc[K] else 0
-        norms = get_numbers(at(factors, b, first, hv) + norm * size, factors[3], n)
+        norms = of_tokens(at(factors, b, first, hv) + norm * size, factors[3], n, c & 31)
         numbers = products(get_column(source, x[3], count), norms)
-        if not gated:
-            return numbers, ones()
-        decays = get_numbers(at(g, b, first, hv) + c * g[5], g[3], count)
-        return numbers, ones_after(decays, int32(count))
+        if gate == "head":
+            decays = of_tokens(at(g, b, first, hv), g[3], n, c & 31)
+            return numbers, ones_after(decays, int32(n))
+        if gate == "channel":
+            decays = get_numbers(at(g, b, first, hv) + c * g[5], g[3], count)
+            return numbers, ones_after(decays, int32(count))
+        return numbers, ones()
 
     @device
     def load_keys(desc, s, b, first, n, hv, c):

@@ -117,7 +117,7 @@ def pairs_bytes(dtype, KP):
 
 
 @specialised
-def pairs_kernel(dtype, gated, KP, wide):
+def pairs_kernel(dtype, gate, KP, wide):
     """The kernel, for a grid of chunks x blocks x value heads; it makes the factors as well.
 
     `wide`: whether beta may be float64.
@@ -164,7 +164,7 @@ def pairs_kernel(dtype, gated, KP, wide):
                 get(at(q, b, first + t, hk) + c * q[5]),
                 one,
             )
-            if gated:
+            if gate is not None:
                 d = get_decay(at(g, b, first + t, hv) + c * g[5])
             set_element(s, place, x if inside else zero)
             set_element(s, QUERIES + place, y if inside else zero)

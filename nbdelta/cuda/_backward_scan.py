@@ -54,17 +54,17 @@ def _share(desc):
 
 
 @specialised
-def errors_kernel(dtype, gated, KP, wide):
+def errors_kernel(dtype, gate, KP, wide):
     """The kernel, for a grid of chunks x value heads x slices of V.
 
-    `wide`: whether a state may be float64.
+    `gate`: per "head", per "channel", or None; `wide`: whether a state may be float64.
     """
     REAL = real_of(dtype)
     get, put = reader(dtype, REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
     get_state, _, _, read_state, sum_of_parts, write_state, pass_block = make_products(dtype, KP)
     substitute, _, get_row, get_column = make_solve(REAL)
-    load_keys, _, pair_weight, beta_of = make_block(dtype, gated, KP)
+    load_keys, _, pair_weight, beta_of = make_block(dtype, gate, KP)
     bring, _ = make_staging(dtype, KP, wide)
     _, PRE, SUFFIX, _, _ = places_of(dtype, KP)
     zero = REAL(0)
@@ -125,10 +125,11 @@ def errors_kernel(dtype, gated, KP, wide):
 
 
 @specialised
-def scan_kernel(dtype, gated, do_dtype, KP, wide):
+def scan_kernel(dtype, gate, do_dtype, KP, wide):
     """The kernel, for a grid of sequences x value heads x slices of V.
 
-    `do_dtype`: of the gradient of o, None without one; `wide`: whether a state may be float64.
+    `gate`: per "head", per "channel", or None; `do_dtype`: of the gradient of o, None without one;
+    `wide`: whether a state may be float64.
     """
     REAL = real_of(dtype)
     get, put = reader(do_dtype or dtype, REAL), writer(str(REAL), REAL)
@@ -138,7 +139,7 @@ def scan_kernel(dtype, gated, do_dtype, KP, wide):
         dtype, KP
     )
     substitute, add_later, get_row, get_column = make_solve(REAL)
-    load_keys, load_queries, pair_weight, beta_of = make_block(dtype, gated, KP)
+    load_keys, load_queries, pair_weight, beta_of = make_block(dtype, gate, KP)
     bring, take = make_staging(dtype, KP, wide)
     _, PRE, SUFFIX, QUERIES, _ = places_of(dtype, KP)
     # threads of their own for the queries where there are enough

@@ -4,7 +4,7 @@ from functools import cache
 
 from nbdelta.cuda._backward_call import BLOCK
 from nbdelta.cuda._ptx import tile
-from nbdelta.cuda._tile_functions import i32, registers
+from nbdelta.cuda._tile_functions import f32, i32, registers
 
 
 @cache
@@ -20,6 +20,12 @@ def make_dot(REAL, n):
         return total
 
     return dot
+
+
+@tile(registers(BLOCK), f32)
+def spread(e, x):
+    """What the first 16 lanes have, for each of the 32."""
+    return [e.from_lane(x, i) for i in range(BLOCK)]
 
 
 @cache

@@ -63,7 +63,7 @@ def specialisations():
     of do, which changes a few loads. In float64, where speed is not the point, the scan and the
     channels spill a few registers.
     """
-    dtype, gate, do = "float32", True, "float32"
+    dtype, gate, do = "float32", "channel", "float32"
     for name, kernel, shared in (
         ("pairs, K 256", pairs_kernel(dtype, gate, 256, False), pairs_bytes(dtype, 256)),
         ("errors, K 256", errors_kernel(dtype, gate, 256, False), shared_bytes(dtype, 256, 2)),
@@ -78,7 +78,7 @@ def specialisations():
         ("shares", shares_kernel(real_of(dtype), False), 0),
     ):
         yield f"backward {name}", kernel, BACKWARD_LENGTH, shared
-    dtype = "bfloat16"
+    dtype, gate = "bfloat16", "head"
     for name, kernel, shared in (
         ("errors, bfloat16", errors_kernel(dtype, gate, 128, False), shared_bytes(dtype, 128, 2)),
         (
@@ -86,6 +86,7 @@ def specialisations():
             scan_kernel(dtype, gate, dtype, 128, False),
             shared_bytes(dtype, 128, 3),
         ),
+        ("channels, bfloat16", channels_kernel(dtype, gate, 128), channels_bytes(dtype, 128)),
         ("reads, bfloat16", reads_kernel(dtype, dtype, 128, False), reads_bytes(dtype, 128)),
     ):
         yield f"backward {name}", kernel, BACKWARD_LENGTH, shared
@@ -157,7 +158,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     for index, array in arrays.items():
         put_array(desc, index, array)
 
-    gate = p.g is not None
+    gate = None if p.g is None else "channel" if p.per_channel else "head"
     do = None if grads.do is None else grads.do.dtype
     outside = (p.g, p.beta, p.A_log, p.dt_bias, p.initial_state, grads.dht)
     wide = any(x is not None and x.dtype == "float64" for x in (p.q, *outside))
