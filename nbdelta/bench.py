@@ -27,6 +27,8 @@ MODELS = ("qwen3-next", "kimi-linear")
 SECONDS = 2.0
 # a peer whose call took longer is left out of the longer ones
 PATIENCE = 2.0
+# bytes written before every call on a GPU: more than any cache on one
+FLUSHED = 2**28
 # of a head's results, relative, to those of nbdelta
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
 _ABOUT = ("nbdelta", "Python", "numba", "numpy", "torch", "transformers", "CPU", "vectors", "CUDA")
@@ -80,9 +82,17 @@ def bench(device="cpu", threads=None, json_file=None, plot_folder=None):
             console.print(out.plain(f"written: {path}"))
     wrong = [row for row in rows for c in row["contenders"].values() if not c["agrees"]]
     wrong += [row for row in trained if not row["agrees"]]
+    for name, error in _errors(rows):
+        console.print(out.plain(f"{name} fails: {error}"))
     if wrong:
         console.print(f"{out.verdict(False)}: results differ in {len(wrong)} cases")
     return 1 if wrong else 0
+
+
+def _errors(rows):
+    """Contenders that failed and what they said, each sentence once."""
+    results = [pair for row in rows for pair in row["contenders"].items()]
+    return dict.fromkeys((name, c["error"]) for name, c in results if "error" in c)
 
 
 def _training(console, threads):
@@ -132,7 +142,7 @@ class Cuda:
         self.torch = out.need("torch", "bench --device cuda")
         if not self.torch.cuda.is_available():
             raise out.MissingPackage("bench --device cuda needs a GPU that torch can use")
-        self.cache = self.torch.empty(2**28, dtype=self.torch.int8, device="cuda")
+        self.cache = self.torch.empty(FLUSHED, dtype=self.torch.int8, device="cuda")
 
     def timer(self, call):
         """Seconds on the device, without what lies in its cache."""
@@ -190,8 +200,14 @@ def _row(shape, threads, place, rivals):
     )
     calls, contenders, expected = {}, {}, None
     for rival in rivals:
-        call = rival.prepare(shape, inputs, threads)
-        got = [np.array(x, np.float32) for x in rival.results(call())]
+        try:
+            call = rival.prepare(shape, inputs, threads)
+            got = [np.array(x, np.float32) for x in rival.results(call())]
+        except Exception as error:  # of a peer: the others go on
+            if expected is None:
+                raise
+            contenders[rival.name] = {"agrees": False, "error": repr(error)}
+            continue
         expected = expected or got
         difference = max(rel_l2(got[0], expected[0]), rel_l2(got[1], expected[1], head_axis=1))
         agrees = bool(difference < LARGEST_DIFFERENCE[place.dtype])
@@ -236,10 +252,10 @@ def _table(rows, rivals):
             if theirs is None:
                 cells += ["-", ""]
             elif not theirs["agrees"]:
-                cells += ["differs", ""]
+                cells += ["fails" if "error" in theirs else "differs", ""]
             else:
                 cells += [_pair(theirs), f"{theirs['min_ms'] / ours['min_ms']:.1f}"]
-        largest = max((c["difference"] for c in row["contenders"].values()), default=0.0)
+        largest = max(c.get("difference", 0.0) for c in row["contenders"].values())
         table.add_row(*cells, f"{largest:.0e}")
     return table
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from nbdelta.arrays import view
-from nbdelta.dispatch import run
+from nbdelta.dispatch import run, stage
 from nbdelta.gradients import fill_gradients, keep_states, most_states, prepare_gradients
 from nbdelta.large_pages import ask_for_large_pages
 from nbdelta.problem import check_options, prepare
@@ -110,8 +110,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         kept = keep_states(problem, view(states, "states"))
         if kept.device == "cpu":
             ask_for_large_pages(kept.address, states.nbytes)
-            if problem.lengths is not None:  # there may be fewer than shapes alone can tell
-                states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
+        # there may be fewer than shapes alone can tell
+        if problem.lengths is not None:
+            states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
+        elif problem.cu_seqlens is not None:  # only the device knows how many
+            stage("chunk_backward", problem.device).clear_unused_states(problem)
     run(problem, algorithm)
     final_state = problem.final_state
     o: Any = problem.o.owner

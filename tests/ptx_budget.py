@@ -18,6 +18,7 @@ class Budget(NamedTuple):
 
 
 TENSOR = ("mma.sync.aligned.m16n8k16", "ldmatrix.sync", "cp.async")
+PLANES = TENSOR[:2]
 
 BUDGETS = (
     # bandwidth is all they need: 16 warps a multiprocessor and more
@@ -42,11 +43,15 @@ BUDGETS = (
     Budget("chunk intra *", 255, 99 * 1024, 1, TENSOR),
     Budget("chunk scan *", 255, 227 * 1024, 1, TENSOR),
     Budget("chunk pack *", 64, 0, 4),
-    # without tensor cores: a part of a state, or products, in registers
     Budget("backward pairs, *", 96, 52 * 1024, 2),
-    Budget("backward errors, *", 184, 60 * 1024, 1),
-    Budget("backward scan, *", 255, 76 * 1024, 1),
-    Budget("backward reads, *", 168, 22 * 1024, 1),
+    # a part of a state, or of a product, in registers; tiles of 256 channels in three planes
+    Budget("backward errors, bfloat16", 168, 36 * 1024, 2, PLANES),
+    Budget("backward errors, *", 208, 68 * 1024, 1, PLANES),
+    Budget("backward scan, bfloat16", 224, 43 * 1024, 1, PLANES),
+    Budget("backward scan, *", 255, 91 * 1024, 1, PLANES),
+    Budget("backward reads, K 256", 224, 62 * 1024, 1, PLANES),
+    Budget("backward reads, *", 168, 37 * 1024, 1, PLANES),
+    # without tensor cores
     Budget("backward channels, *", 255, 76 * 1024, 1),
     Budget("backward weights", 168, 27 * 1024, 1),
     Budget("backward heads, *", 168, 0, 2),

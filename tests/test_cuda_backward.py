@@ -71,6 +71,14 @@ def test_shapes(shape, gate, dtype):
     assert_close(call_of("initial-state", gate, shape, dtype), dtype)
 
 
+@pytest.mark.parametrize(("dtype", "gates"), [("float64", "float32"), ("float32", "float64")])
+def test_raw_gates_of_another_precision(dtype, gates):
+    """The log decay is in the precision of q, which is not that of the public `fused_gate`."""
+    call = call_of("raw-gate-dt_bias", "gda", Shape(1, 20, 1, 2, 7, 5), dtype)
+    call["g"] = call["g"].astype(gates)
+    assert_close(call, dtype)
+
+
 @pytest.mark.parametrize("log_decay", [0.0, -20.0, -316.0, -np.inf, "mixed"])
 @pytest.mark.parametrize("gate", ["gda", "kda"])
 def test_any_gate(gate, log_decay):

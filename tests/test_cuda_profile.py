@@ -17,6 +17,8 @@ BLOCKS = 4  # of a scan or a decode step: all columns of a value head
 # prefill, measured on the first quarter of its tokens: everything is proportional to them
 T, QUARTERS = 8192, 4
 BANDWIDTH = 3.35e12  # bytes per second
+# seconds of a backward pass of GDA at the same shape
+BACKWARD = {"bfloat16": 4.1e-3, "float32": 4.8e-3}
 # those of the table; of the others, integer arithmetic comes near them
 UNITS = {
     "shared memory": "shared memory",
@@ -40,15 +42,16 @@ def emulator(device, monkeypatch):
     return results
 
 
-def inputs(B, T, gate):
+def inputs(B, T, gate, dtype="bfloat16"):
     """Arrays on the device; what is in them does not show in the counts."""
     from numba import cuda
 
     def array(*shape, dtype=np.float32):
         return cuda.device_array(shape, np.dtype(dtype))
 
-    q, k = (array(B, T, HEADS, K, dtype=ml_dtypes.bfloat16) for _ in range(2))
-    v = array(B, T, HEADS, V, dtype=ml_dtypes.bfloat16)
+    dtype = getattr(ml_dtypes, dtype, dtype)
+    q, k = (array(B, T, HEADS, K, dtype=dtype) for _ in range(2))
+    v = array(B, T, HEADS, V, dtype=dtype)
     g = array(B, T, HEADS, *[K] * (gate == "kda"))
     return {"q": q, "k": k, "v": v, "g": g, "beta": array(B, T, HEADS)}
 
@@ -98,6 +101,26 @@ def test_prefill(emulator, gate, bound):
         show(f"{gate} {name}", profile, times)
         total += max(times.values())
     assert 0.25 * bound < total <= bound
+
+
+@pytest.mark.parametrize(("gate", "dtype"), [("gda", "bfloat16"), ("gda", "float32")])
+def test_backward(emulator, gate, dtype):
+    """The kernels of the backward pass on a few chunks; all of them are proportional to tokens."""
+    from numba import cuda
+
+    tokens = 256
+    call = {**inputs(1, tokens, gate, dtype), "use_qk_l2norm_in_kernel": True}
+    states = cuda.device_array((1, HEADS, K, V), np.float32)
+    ops.chunk_gated_delta_rule_bwd(**call, do=call["v"], initial_state=states)
+    total = 0.0
+    for name, profile in profiles(emulator).items():
+        if not name.startswith("backward"):
+            continue
+        times = bounds(profile, T / tokens)
+        show(f"{gate} {dtype} {name}", profile, times)
+        total += max(times.values())
+    print(f"    all {1e3 * total:.2f} ms")
+    assert total <= BACKWARD[dtype]
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])

@@ -15,11 +15,12 @@ FOLDER = Path(__file__).parent
 # file: which of its tests
 EMULATED = {
     "test_cuda_arrays.py": "",
-    "test_cuda_backward.py": "not options and not shapes",
+    "test_cuda_backward.py": "not (shapes and float64)",
     "test_cuda_blocks.py": "",
     "test_cuda_chunk.py": "",
+    "test_cuda_cli.py": "float32-gda or float64-blocks or bench",
     "test_cuda_host.py": "",
-    "test_cuda_profile.py": "",
+    "test_cuda_profile.py": "not (backward and float32)",
     "test_cuda_recurrent.py": "",
     "test_fused_recurrent.py": "",
     "test_chunk_gated_delta_rule.py": "options or dtypes or layouts or interval",

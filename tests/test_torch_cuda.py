@@ -1,15 +1,11 @@
 """PyTorch's CUDA tensors without a GPU: as fakes, and as memory of the emulator."""
 
-import ctypes
-import math
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
+from emulated_torch import serve_torch
 from test_backward import call_of, reference
 
-from nbdelta import arrays, ops
-from nbdelta.testing import Shape, rel_l2
+from nbdelta import naive, ops
+from nbdelta.testing import Shape, make_inputs, rel_l2
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -38,44 +34,13 @@ def test_operators_on_fakes(gate):
 
 @pytest.fixture
 def launches(device, monkeypatch):
-    """Names of the kernels launched. CPU tensors count as CUDA tensors, by memory of the emulator.
-
-    Those that come without, as autograd makes some, are copied there.
-    """
+    """Names of the kernels launched."""
     if device != "emu":
         pytest.skip("tensors get memory of the emulator: --device emu")
-    from numba import cuda
     from ptxemu import host
 
-    import nbdelta.torch
-
-    held, names, torch_view = {}, [], arrays._torch_view
-
-    def new(shape, dtype, device="cuda:0"):
-        memory = cuda.device_array(max(math.prod(shape), 1) * dtype.itemsize, np.uint8)
-        address = memory.__cuda_array_interface__["data"][0]
-        held[address] = memory
-        numbers = (ctypes.c_uint8 * memory.size).from_address(address)
-        flat = torch.frombuffer(numbers, dtype=dtype, count=memory.size // dtype.itemsize)
-        return flat[: math.prod(shape)].view(shape)
-
-    def view(x, torch, name):
-        if x.data_ptr() not in held:
-            x = new(x.shape, x.dtype).copy_(x.detach())
-        seen = torch_view(x, torch, name)
-        seen.device = "cuda:0"
-        return seen
-
-    def states(given, keep):
-        made = real_states(given, keep)
-        return new(made.shape, made.dtype)
-
-    real_states = nbdelta.torch._empty_states
-    monkeypatch.setattr(nbdelta.torch, "_empty_states", states)
-    monkeypatch.setattr(arrays, "_torch_view", view)
-    monkeypatch.setattr(torch, "empty", new)
-    stream = SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    names = []
+    serve_torch(monkeypatch)
     monkeypatch.setattr(host._state, "on_launch", lambda name, *launch: names.append(name))
     return names
 
@@ -93,3 +58,24 @@ def test_gradients_come_from_the_kernels_of_the_device(launches):
     assert launches[0] == "backward_pairs_kernel" and launches[-1] == "backward_gates_kernel"
     for name, x in call.items():
         assert rel_l2(x.grad.numpy(), expected[name], 0) < 3e-6, name
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["host", "device"])
+def test_states_that_no_packed_sequence_fills_are_zeros(launches, there):
+    """The memory is for as many states as shapes allow, three here, and two are kept."""
+    boundaries = torch.tensor([0, 63, 63, 130, 199], dtype=torch.int32)
+    call = make_inputs(0, 1, 199, 1, 2, 6, 3, "gda")
+    kept = naive.fused_recurrent_gated_delta_rule(
+        **call, cu_seqlens=boundaries.numpy(), checkpoint_interval=64
+    )[2]
+    tensors = [torch.from_numpy(x) for x in call.values()]
+    ends = boundaries.cuda() if there else boundaries
+    options = (None, False, False, False, None, False, False, False, "interleaved", None, None)
+    states = torch.ops.nbdelta.gated_delta_rule(
+        *tensors, None, None, None, ends, *options, False, "chunk", True
+    )[2].numpy()
+    assert states.shape == (3, 2, 6, 3) and len(kept) == 2
+    assert rel_l2(states[:2], kept, 1) < 2e-6
+    assert not states[2:].any()
+    # the host may know, and then the device is not asked
+    assert ("clear_states_kernel" in launches) == there

@@ -12,7 +12,7 @@ CHUNK, BLOCK = 64, 16
 BLOCKS = CHUNK // BLOCK
 
 # arrays of the call, six fields each, behind those of the forward pass; dv is where o was, and G is
-# the log decay
+# the decay
 GRADIENTS = DO, DHT, DQ, DKEY, DG, DBETA, DH0, DA_LOG, DDT_BIAS = range(LENGTH, LENGTH + 54, 6)
 RAW_G = LENGTH + 54
 # scratch, arrays of the compute dtype, [B, T, HV, ...]: factors of q and k and the effective beta;

@@ -27,7 +27,7 @@ from nbdelta.cuda._backward_call import (
     WRITES,
     chunk_of,
 )
-from nbdelta.cuda._backward_tokens import exp_of, make_dot, make_tokens
+from nbdelta.cuda._backward_tokens import make_dot, make_tokens
 from nbdelta.cuda._call import HV, KEY, G, K, Q, array_at, at, key_head
 from nbdelta.cuda._jit import device, kernel, specialised
 from nbdelta.cuda._memory import (
@@ -119,27 +119,29 @@ def _make_channel(REAL):
 
 def channels_bytes(dtype, KP):
     """Bytes of dynamic shared memory."""
-    numbers = 2 * SQUARE + 2 * CHUNK + (2 * BLOCK + 2 * BLOCKS) * KP
+    numbers = 2 * SQUARE + 3 * CHUNK + (2 * BLOCK + 2 * BLOCKS) * KP
     return numbers * (8 if dtype == "float64" else 4)
 
 
 @specialised
-def channels_kernel(dtype, gate_dtype, KP):
+def channels_kernel(dtype, gate, KP):
     """The kernel, for a grid of chunks x value heads.
 
-    The reads become the gradients of q and k, the writes that of the log decay.
+    The reads become the gradients of q and k, the writes that of the log decay. `gate`: per "head",
+    per "channel", or None.
     """
     REAL = real_of(dtype)
-    get_column, get_gates = (column_reader(x or dtype, REAL, BLOCK) for x in (dtype, gate_dtype))
-    get_rows, put_rows = column_reader(str(REAL), REAL, BLOCK), block_writer(REAL, 1, BLOCK)
+    get_column, get_rows = (column_reader(x, REAL, BLOCK) for x in (dtype, str(REAL)))
+    put_rows = block_writer(REAL, 1, BLOCK)
     get, put = reader(str(REAL), REAL), writer(str(REAL), REAL)
     size = ITEMSIZE[str(REAL)]
-    prefixes, suffixes, products, scale, ones = make_tokens(REAL)
+    prefixes, suffixes, products, scale, ones, ones_after = make_tokens(REAL)
     add_two, read_state, write_state, read_token, read_by_tokens = _make_channel(REAL)
     dot = make_dot(REAL, BLOCK)
     # weights with what comes after; of a channel, tokens are KP apart
     ERASE, NORMS = SQUARE, 2 * SQUARE
-    QUERIES = NORMS + 2 * CHUNK
+    GATES = NORMS + 2 * CHUNK
+    QUERIES = GATES + CHUNK
     KEYS = QUERIES + BLOCK * KP
     DECAYS = KEYS + BLOCK * KP
     ALL_KEPT = DECAYS + BLOCKS * KP
@@ -163,12 +165,15 @@ def channels_kernel(dtype, gate_dtype, KP):
         return products(x, row_of_weights(s, NORMS + CHUNK + BLOCK * block))
 
     @device
-    def load_decays(desc, b, start, block, count, hv, c):
-        if gate_dtype is None:
+    def load_decays(desc, s, b, start, block, count, hv, c):
+        left = count - BLOCK * block
+        if gate == "head":
+            return ones_after(row_of_weights(s, GATES + BLOCK * block), int32(left))
+        if gate is None:
             return ones()
         g = array_at(desc, G)
         source = at(g, b, start + BLOCK * block, hv) + c * g[5]
-        return exp_of(get_gates(source, g[3], count - BLOCK * block))
+        return ones_after(get_rows(source, g[3], left), int32(left))
 
     @kernel(KP)
     def backward_channels_kernel(desc):
@@ -185,6 +190,9 @@ def channels_kernel(dtype, gate_dtype, KP):
             t = i % CHUNK
             x = get(at(factors, b, start + min(t, count - 1), hv) + i // CHUNK * size)
             set_element(s, NORMS + i, x)
+        if gate == "head" and c < CHUNK:
+            x = get(at(array_at(desc, G), b, start + min(c, count - 1), hv))
+            set_element(s, GATES + c, x)
         cuda.syncthreads()
         if c >= desc[K]:
             return
@@ -193,7 +201,7 @@ def channels_kernel(dtype, gate_dtype, KP):
         own, step = c * size, writes[3]
         blocks = (count + BLOCK - 1) // BLOCK
         for m in range(blocks):
-            d = load_decays(desc, b, start, m, count, hv, c)
+            d = load_decays(desc, s, b, start, m, count, hv, c)
             set_element(s, DECAYS + m * KP + c, prefixes(d)[BLOCK - 1])
 
         # S at the start of the chunk, and dS as it was at the end of a block
@@ -205,7 +213,7 @@ def channels_kernel(dtype, gate_dtype, KP):
             decay = element(s, DECAYS + m * KP + c)
             kept *= decay
             set_element(s, ALL_KEPT + m * KP + c, before * kept)
-            d = prefixes(load_decays(desc, b, start, m, count, hv, c))
+            d = prefixes(load_decays(desc, s, b, start, m, count, hv, c))
             at_x = at(reads_q, b, first, hv) + own
             x, y = get_rows(at_x, step, n), load_queries(desc, s, b, start, m, count, hv, c)
             kept += dot(products(y, d), x)
@@ -217,7 +225,7 @@ def channels_kernel(dtype, gate_dtype, KP):
 
         # what block m writes, and later blocks n read
         for m in range(blocks - 1):
-            keys = suffixes(load_decays(desc, b, start, m, count, hv, c))
+            keys = suffixes(load_decays(desc, s, b, start, m, count, hv, c))
             keys = products(keys, load_keys(desc, s, b, start, m, count, hv, c))
             at_m = at(writes, b, start + BLOCK * m, hv) + own
             write = get_rows(at_m, step, BLOCK)
@@ -228,7 +236,7 @@ def channels_kernel(dtype, gate_dtype, KP):
                 decay, place = element(s, DECAYS + n * KP + c), ALL_KEPT + n * KP + c
                 x = decay * between * dot(keys, write)
                 set_element(s, place, element(s, place) + x)
-                d = prefixes(load_decays(desc, b, start, n, count, hv, c))
+                d = prefixes(load_decays(desc, s, b, start, n, count, hv, c))
                 q = load_queries(desc, s, b, start, n, count, hv, c)
                 put_own(s, QUERIES + c, products(q, d))
                 k = load_keys(desc, s, b, start, n, count, hv, c)
@@ -252,7 +260,7 @@ def channels_kernel(dtype, gate_dtype, KP):
             weight, tokens = BLOCK * m * CHUNK + BLOCK * m, min(BLOCK, n)
             at_q, at_k = at(reads_q, b, first, hv) + own, at(reads_k, b, first, hv) + own
             at_m = at(writes, b, first, hv) + own
-            d = load_decays(desc, b, start, m, count, hv, c)
+            d = load_decays(desc, s, b, start, m, count, hv, c)
             q = load_queries(desc, s, b, start, m, count, hv, c)
             x = read_state(q, d, get_rows(at_q, step, n), zeros())
             put_rows(at_q, 0, step, 1, n, x[:16])

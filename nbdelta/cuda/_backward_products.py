@@ -1,16 +1,14 @@
-"""The products of the backward pass that no token waits for, all chunks at once.
+"""The products of tokens in the backward pass, all chunks at once.
 
-Of the tokens of a block with each other, as the forward pass has them, of those of a chunk, and of
-tokens with the states at both ends of their chunk:
+Of those of a block with each other, as the forward pass has them, and of those of a chunk:
 
     M_ij = e^(G_i - G_j) k_i.k_j (i > j)      P_ij = scale e^(G_i - G_j) q_i.k_j (i >= j)
     wp_ij = scale dO_i.U_j (i >= j)           wa_ij = -Y_i.U_j (i > j)
-    scale dO S^T      -Y S^T      U dS^T
 """
 
 from functools import cache
 
-from numba import cuda, int64
+from numba import cuda
 
 from nbdelta.cuda._backward_call import (
     BLOCK,
@@ -19,17 +17,11 @@ from nbdelta.cuda._backward_call import (
     DBETA,
     DERRORS,
     DO,
-    DSTATES,
     ERRORS,
     FACTORS,
-    KEPT,
     PAIRS,
-    READS_K,
-    READS_Q,
     WEIGHTS,
-    WRITES,
     chunk_of,
-    state_at,
 )
 from nbdelta.cuda._backward_tokens import make_dot
 from nbdelta.cuda._call import (
@@ -50,7 +42,7 @@ from nbdelta.cuda._call import (
     key_head,
 )
 from nbdelta.cuda._jit import device, kernel, specialised
-from nbdelta.cuda._math import exp, gate_functions, sqrt
+from nbdelta.cuda._math import gate_functions, sqrt
 from nbdelta.cuda._memory import (
     ITEMSIZE,
     block_writer,
@@ -71,7 +63,7 @@ THREADS = 256
 SQUARE = BLOCK * BLOCK
 # rows of tokens in shared memory, with a gap against bank conflicts; columns of V at once
 PITCH = CHUNK + 4
-COLUMNS, SLICE = 32, 16
+COLUMNS = 32
 
 
 @cache
@@ -88,7 +80,7 @@ def _make_running(REAL, n):
 
 
 @cache
-def _make_outer(REAL, m, n):
+def make_outer(REAL, m, n):
     """Add m x n products, row after row."""
 
     @tile(registers(m * n, REAL), registers(m * n, REAL), registers(m, REAL), registers(n, REAL))
@@ -125,13 +117,13 @@ def pairs_bytes(dtype, KP):
 
 
 @specialised
-def pairs_kernel(dtype, gate_dtype, KP, wide):
+def pairs_kernel(dtype, gate, KP, wide):
     """The kernel, for a grid of chunks x blocks x value heads; it makes the factors as well.
 
     `wide`: whether beta may be float64.
     """
     REAL = real_of(dtype)
-    get, get_gate = reader(dtype, REAL), reader(gate_dtype or dtype, REAL)
+    get, get_decay = reader(dtype, REAL), reader(str(REAL), REAL)
     put, real, read = writer(str(REAL), REAL), real_field(REAL), read_real(REAL, wide)
     size = ITEMSIZE[str(REAL)]
     sigmoid, _ = gate_functions(REAL)
@@ -172,8 +164,8 @@ def pairs_kernel(dtype, gate_dtype, KP, wide):
                 get(at(q, b, first + t, hk) + c * q[5]),
                 one,
             )
-            if gate_dtype is not None:
-                d = exp(get_gate(at(g, b, first + t, hv) + c * g[5]))
+            if gate is not None:
+                d = get_decay(at(g, b, first + t, hv) + c * g[5])
             set_element(s, place, x if inside else zero)
             set_element(s, QUERIES + place, y if inside else zero)
             set_element(s, DECAYS + place, d)
@@ -236,7 +228,7 @@ def weights_kernel(dtype, do_dtype, wide):
     read, write = read_real(REAL, wide), write_real(REAL, wide)
     size = ITEMSIZE[str(REAL)]
     sigmoid, _ = gate_functions(REAL)
-    outer, zeros = _make_outer(REAL, 4, 4)
+    outer, zeros = make_outer(REAL, 4, 4)
     finish = _make_weights(REAL)
     betas, put_square = column_reader(str(REAL), REAL, 4), block_writer(REAL, 4, 4)
     four = shared_reader(REAL, (0,), 4)
@@ -295,93 +287,3 @@ def weights_kernel(dtype, do_dtype, wide):
         put_square(target + CHUNK * CHUNK * size, CHUNK * size, size, 4, 4, x[16:])
 
     return backward_weights_kernel
-
-
-def reads_bytes(dtype, KP):
-    """Bytes of dynamic shared memory of `reads_kernel`."""
-    return SLICE * (PITCH + KP + 4) * (8 if dtype == "float64" else 4)
-
-
-def tokens_of_thread(dtype):
-    """Tokens by four channels that a thread of `reads_kernel` has."""
-    return 16 if dtype == "float64" else 8
-
-
-@specialised
-def reads_kernel(dtype, do_dtype, KP, wide):
-    """The kernel, for a grid of chunks x value heads x the three products with a state.
-
-    `wide`: whether an initial state may be float64.
-    """
-    REAL = real_of(dtype)
-    get, get_real = reader(do_dtype or dtype, REAL), reader(str(REAL), REAL)
-    put, real, get_state = writer(str(REAL), REAL), real_field(REAL), read_real(REAL, wide)
-    size = ITEMSIZE[str(REAL)]
-    TOKENS = tokens_of_thread(dtype)
-    outer, zeros = _make_outer(REAL, TOKENS, 4)
-    four, some = (shared_reader(REAL, tuple(range(0, n, 4)), 4) for n in (4, TOKENS))
-    put_rows = block_writer(REAL, TOKENS, 4)
-    STATE, PITCH_STATE = SLICE * PITCH, KP + 4
-    threads = KP * 16 // TOKENS
-    STEP = threads // SLICE
-    zero = REAL(0)
-
-    @device
-    def number_of_row(desc, which, b, token, hv, column):
-        """Of scale dO, -Y or U."""
-        if which == 0:
-            do = array_at(desc, DO)
-            if do_dtype is None:
-                return zero
-            return real(desc[SCALE]) * get(at(do, b, token, hv) + column * do[5])
-        rows = array_at(desc, ERRORS)
-        if which == 1:
-            rows = array_at(desc, DERRORS)
-        beta = get_real(at(array_at(desc, FACTORS), b, token, hv) + 2 * size)
-        return (-beta if which == 1 else beta) * get_real(at(rows, b, token, hv) + column * size)
-
-    @kernel(threads)
-    def backward_reads_kernel(desc):
-        s = cuda.shared.array(0, REAL)
-        tid = cuda.threadIdx.x
-        rest, which = cuda.blockIdx.x // 3, cuda.blockIdx.x % 3
-        slot, hv = rest // desc[HV], rest % desc[HV]
-        seq, b, first, count, index = chunk_of(desc, slot)
-        if count <= 0:
-            return
-        states, number = state_at(desc, seq, index)
-        others, other = array_at(desc, DSTATES), int64(slot)
-        if which == 2:
-            states, number, others, other = others, other, states, number
-        acc, kept = zeros(), zero
-        v, across = tid & (SLICE - 1), tid >> 4
-        i, j = TOKENS * (tid // (KP // 4)), 4 * (tid % (KP // 4))
-        for left in range(0, desc[V], SLICE):
-            column = min(left + v, desc[V] - 1)
-            for m in range(CHUNK // STEP):
-                t = across + m * STEP
-                x = number_of_row(desc, which, b, first + min(t, count - 1), hv, column)
-                set_element(s, v * PITCH + t, x if t < count and left + v < desc[V] else zero)
-            for m in range(KP // STEP):
-                c, x = across + m * STEP, zero
-                if states[0] != 0 and left + v < desc[V] and c < desc[K]:
-                    x = get_state(states[1], at(states, number, hv, c) + column * states[5])
-                set_element(s, STATE + v * PITCH_STATE + c, x)
-            cuda.syncthreads()
-            for u in range(SLICE):
-                acc = outer(acc, some(s, u * PITCH + i), four(s, STATE + u * PITCH_STATE + j))
-            if which == 2 and tid < desc[K] and others[0] != 0:
-                for u in range(min(SLICE, desc[V] - left)):
-                    x = get_state(others[1], at(others, other, hv, tid) + (left + u) * others[5])
-                    kept += x * element(s, STATE + u * PITCH_STATE + tid)
-            cuda.syncthreads()
-        if which == 2 and tid < desc[K]:
-            put(at(array_at(desc, KEPT), slot, hv, 0) + tid * size, kept)
-        out = array_at(desc, READS_Q)
-        if which == 1:
-            out = array_at(desc, READS_K)
-        elif which == 2:
-            out = array_at(desc, WRITES)
-        put_rows(at(out, b, first + i, hv) + j * size, out[3], size, count - i, desc[K] - j, acc)
-
-    return backward_reads_kernel

@@ -3,10 +3,8 @@
 from functools import cache
 
 from nbdelta.cuda._backward_call import BLOCK
-from nbdelta.cuda._jit import device
-from nbdelta.cuda._math import exp
 from nbdelta.cuda._ptx import tile
-from nbdelta.cuda._tile_functions import registers
+from nbdelta.cuda._tile_functions import f32, i32, registers
 
 
 @cache
@@ -22,6 +20,12 @@ def make_dot(REAL, n):
         return total
 
     return dot
+
+
+@tile(registers(BLOCK), f32)
+def spread(e, x):
+    """What the first 16 lanes have, for each of the 32."""
+    return [e.from_lane(x, i) for i in range(BLOCK)]
 
 
 @cache
@@ -57,13 +61,9 @@ def make_tokens(REAL):
     def ones(e):
         return [e.real(REAL, 1.0)] * BLOCK
 
-    return prefixes, suffixes, products, scale, ones
+    @tile(row, row, i32)
+    def ones_after(e, d, count):
+        """The first `count` of the decays, then ones."""
+        return [e.select(e.less(e.u32(i), count), x, e.real(REAL, 1.0)) for i, x in enumerate(d)]
 
-
-@device
-def exp_of(x):
-    return (
-        exp(x[0]), exp(x[1]), exp(x[2]), exp(x[3]), exp(x[4]), exp(x[5]), exp(x[6]), exp(x[7]),
-        exp(x[8]), exp(x[9]), exp(x[10]), exp(x[11]), exp(x[12]), exp(x[13]), exp(x[14]),
-        exp(x[15]),
-    )  # fmt: skip
+    return prefixes, suffixes, products, scale, ones, ones_after

@@ -250,6 +250,10 @@ class Lanes:
         return lanes[lane ^ bits]
 
     @staticmethod
+    def from_lane(x, i):
+        return simulated_exchange(x)[0][i]
+
+    @staticmethod
     def ldmatrix(address, offset=0, trans=False):
         lanes, lane = simulated_exchange(address + offset)
         g, c = lane // 4, lane % 4

@@ -201,6 +201,10 @@ class Ptx:
         """The pair of lane ``lane ^ bits``."""
         return self.asm(f"shfl.sync.bfly.b32 $0, $1, {bits}, 31, -1;", [I32], [x])[0]
 
+    def from_lane(self, x, i):
+        """The float32 of lane i."""
+        return self.asm(f"shfl.sync.idx.b32 $0, $1, {i}, 31, -1;", [F32], [x])[0]
+
     # shared memory, at 32-bit addresses
 
     def ldmatrix(self, address, offset=0, trans=False):
@@ -244,7 +248,7 @@ class Ptx:
         return self.asm(text, [F32], [address, self.builder.zext(condition, I32)])[0]
 
     def load_column(self, dtype, type, n, address, stride, count):
-        """`n` numbers `stride` bytes apart as float32 or float64; zeros from `count` on.
+        """`n` numbers `stride` bytes apart as float32 or float64; zeros from `count` (32 bits) on.
 
         All in one text: the compiler would keep what it knows of the addresses for the next column.
         """
@@ -252,17 +256,19 @@ class Ptx:
         text = f"{{.reg .pred p; .reg .b64 a; {declare} mov.b64 a, ${n};"
         for i in range(n):
             _, load = _load_if_p(dtype, type, f"${i}", "a")
-            text += f" setp.lt.s64 p, {i}, ${n + 2}; {load} add.s64 a, a, ${n + 1};"
+            text += f" setp.lt.s32 p, {i}, ${n + 2}; {load} add.s64 a, a, ${n + 1};"
         result = F64 if type == types.float64 else F32
+        count = self.builder.trunc(count, I32)
         return self.asm(text + "}", [result] * n, [address, stride, count])
 
     def store_column_if(self, address, stride, count, values):
-        """The first `count` of float32 or float64 numbers, `stride` bytes apart."""
+        """The first `count` (32 bits) of float32 or float64 numbers, `stride` bytes apart."""
         kind = "f64" if values[0].type == F64 else "f32"
         text = "{.reg .pred p; .reg .b64 a; mov.b64 a, $0;"
         for i in range(len(values)):
-            text += f" setp.lt.s64 p, {i}, $2; @p st.global.{kind} [a], ${3 + i};"
+            text += f" setp.lt.s32 p, {i}, $2; @p st.global.{kind} [a], ${3 + i};"
             text += " add.s64 a, a, $1;"
+        count = self.builder.trunc(count, I32)
         self.asm(text + "}", [], [address, stride, count, *values])
 
     def store_real_if(self, condition, dtype, address, x):

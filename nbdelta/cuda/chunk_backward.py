@@ -7,7 +7,7 @@ at once alternate with the one that goes through the sequences from their ends:
     errors     E of every chunk, from its state                                   _backward_scan
     scan       dS at the end of every chunk, dU, and so dV; the gradient of h0    _backward_scan
     weights    products of U with dO and Y for all pairs of a chunk; dbeta        _backward_products
-    reads      products of tokens with S and dS                                   _backward_products
+    reads      products of tokens with S and dS                                   _backward_reads
     channels   gradients of q, k and the gate of every value head                 _backward_channels
     heads, gates, shares   their sums, through norms and gates                    _backward_finish
 
@@ -17,7 +17,6 @@ No sum is shared out by chance, so that every gradient has the same bits in ever
 import numpy as np
 
 from nbdelta.arrays import empty
-from nbdelta.cuda._backward_blocks import COLUMNS, shared_bytes
 from nbdelta.cuda._backward_call import (
     BACKWARD_LENGTH,
     BLOCK,
@@ -42,26 +41,29 @@ from nbdelta.cuda._backward_finish import THREADS, WARPS, gates_kernel, heads_ke
 from nbdelta.cuda._backward_products import (
     pairs_bytes,
     pairs_kernel,
-    reads_bytes,
-    reads_kernel,
     weights_bytes,
     weights_kernel,
 )
+from nbdelta.cuda._backward_reads import reads_bytes, reads_kernel
 from nbdelta.cuda._backward_scan import errors_kernel, scan_kernel
+from nbdelta.cuda._backward_state import COLUMNS, shared_bytes
 from nbdelta.cuda._call import LENGTH, G, describe, put_array
 from nbdelta.cuda._chunk_form import PER_SEGMENT, SEGMENT, count_chunks
 from nbdelta.cuda._jit import device_limits, place_of
+from nbdelta.cuda._kept_states import clear_unused_states as clear_unused_states
+from nbdelta.cuda._kept_states import specialisations as of_kept_states
 from nbdelta.cuda._memory import real_of
-from nbdelta.cuda.gate import fused_gate
+from nbdelta.cuda.gate import decays
 
 
 def specialisations():
     """Name, kernel, descriptor length and dynamic shared memory of what is launched.
 
-    In float32 alone, and not every dtype of q, a gate and do, which change a few loads. In float64,
-    where speed is not the point, the scan and the channels spill a few of their registers.
+    In float32, which has the most planes, and in bfloat16, with what differs then; not every dtype
+    of do, which changes a few loads. In float64, where speed is not the point, the scan and the
+    channels spill a few registers.
     """
-    dtype, gate, do = "float32", "float32", "float32"
+    dtype, gate, do = "float32", "channel", "float32"
     for name, kernel, shared in (
         ("pairs, K 256", pairs_kernel(dtype, gate, 256, False), pairs_bytes(dtype, 256)),
         ("errors, K 256", errors_kernel(dtype, gate, 256, False), shared_bytes(dtype, 256, 2)),
@@ -69,20 +71,34 @@ def specialisations():
         ("scan, K 256", scan_kernel(dtype, gate, do, 256, False), shared_bytes(dtype, 256, 3)),
         ("weights", weights_kernel(dtype, do, False), weights_bytes(dtype)),
         ("reads, K 128", reads_kernel(dtype, do, 128, False), reads_bytes(dtype, 128)),
+        ("reads, K 256", reads_kernel(dtype, do, 256, False), reads_bytes(dtype, 256)),
         ("channels, K 256", channels_kernel(dtype, gate, 256), channels_bytes(dtype, 256)),
         ("heads, K 256", heads_kernel(dtype, 256), 0),
         ("gates", gates_kernel(real_of(dtype), True, False), 0),
         ("shares", shares_kernel(real_of(dtype), False), 0),
     ):
         yield f"backward {name}", kernel, BACKWARD_LENGTH, shared
+    dtype, gate = "bfloat16", "head"
+    for name, kernel, shared in (
+        ("errors, bfloat16", errors_kernel(dtype, gate, 128, False), shared_bytes(dtype, 128, 2)),
+        (
+            "scan, bfloat16",
+            scan_kernel(dtype, gate, dtype, 128, False),
+            shared_bytes(dtype, 128, 3),
+        ),
+        ("channels, bfloat16", channels_kernel(dtype, gate, 128), channels_bytes(dtype, 128)),
+        ("reads, bfloat16", reads_kernel(dtype, dtype, 128, False), reads_bytes(dtype, 128)),
+    ):
+        yield f"backward {name}", kernel, BACKWARD_LENGTH, shared
+    yield from of_kept_states()
 
 
-def _log_decay(p, real):
-    """The gate as the rule applies it."""
-    if p.g is None or not p.use_gate_in_kernel:
-        return p.g
+def _decays(p, real):
+    """The decay of every token, and channel if gates have them."""
+    if p.g is None:
+        return None
     out = empty(p.q, p.g.shape, real)
-    fused_gate(p.g, out, p.A_log, p.dt_bias, p.lower_bound)
+    decays(p, out)
     return out
 
 
@@ -122,13 +138,12 @@ def chunk_gated_delta_rule_bwd(gradients):
     desc = np.zeros(BACKWARD_LENGTH, np.int64)
     desc[:LENGTH] = describe(p, np.dtype(real))
     desc[SEGMENT], desc[PER_SEGMENT] = CHUNK, 1
-    decay = _log_decay(p, real)
     of_tokens = {
         FACTORS: 4, PAIRS: 2 * BLOCK, ERRORS: p.V, DERRORS: p.V, READS_Q: p.K, READS_K: p.K,
         WRITES: p.K,
     }  # fmt: skip
     arrays = dict(zip(GRADIENTS, grads.arrays()))
-    arrays[RAW_G], arrays[G] = p.g, decay
+    arrays[RAW_G], arrays[G] = p.g, _decays(p, real)
     for index, numbers in of_tokens.items():
         arrays[index] = empty(p.q, (p.B, p.T, p.HV, numbers), real)
     arrays[DSTATES] = empty(p.q, (chunks, p.HV, p.K, p.V), real)
@@ -143,7 +158,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     for index, array in arrays.items():
         put_array(desc, index, array)
 
-    gate = None if decay is None else decay.dtype
+    gate = None if p.g is None else "channel" if p.per_channel else "head"
     do = None if grads.do is None else grads.do.dtype
     outside = (p.g, p.beta, p.A_log, p.dt_bias, p.initial_state, grads.dht)
     wide = any(x is not None and x.dtype == "float64" for x in (p.q, *outside))
