@@ -168,7 +168,8 @@ def _roots_of_squares(q, k, v, g, beta, S, chunk_size, keep):
         update = k[t][:, :, None] * u[:, None, :]
         S, lately = S + update, lately + update**2
         squares = S**2 + lately + before
-        o[t] = np.sqrt(np.einsum("hkv,hk->hv", squares, q[t] ** 2))
+        # both factors are rounded: the state, and q with a gate per channel
+        o[t] = np.sqrt(2 * np.einsum("hkv,hk->hv", squares, q[t] ** 2))
         keep(t + 1, np.sqrt(squares))
     return o, np.sqrt(S**2 + lately + before)
 

@@ -151,7 +151,7 @@ class _Cache(FunctionCache):
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
-        except OSError as error:
+        except Exception as error:  # or it may read a damaged index that it could not replace
             _warn_of_cache(error)
 
 
