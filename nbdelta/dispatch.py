@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nbdelta.arrays import View
 from nbdelta.checks import IndexArray
+from nbdelta.forks import wait_for
 
 if TYPE_CHECKING:
     from nbdelta.problem import Problem
@@ -99,10 +101,16 @@ def to_device(array: IndexArray, like: View) -> View:
     return brought
 
 
+# of modules that a first call imports; the child of a fork amid that could never import them
+_importing = threading.RLock()
+wait_for(_importing)
+
+
 @lru_cache
 def stage(name: str, device: str) -> Any:
     """Return the module with the host functions of a stage: the rooms are twins."""
-    return importlib.import_module(f"nbdelta.{device.partition(':')[0]}.{name}")
+    with _importing:
+        return importlib.import_module(f"nbdelta.{device.partition(':')[0]}.{name}")
 
 
 def run(problem: "Problem", algorithm: str) -> None:

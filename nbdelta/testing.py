@@ -109,11 +109,12 @@ def make_inputs(
     return inputs
 
 
-def rel_l2(x, ref, head_axis=2):
+def rel_l2(x, ref, head_axis=2, least=0.0):
     """Return the largest over heads of ``||x - ref|| / ||ref||``; NaN where `x` has one.
 
     `head_axis` is 2 for outputs ``[B, T, HV, V]`` and 1 for states ``[N, HV, K, V]``. A head whose
-    reference is zero counts as 0 if `x` is zero there, else as infinity.
+    reference is zero counts as 0 if `x` is zero there, else as infinity. `least`, a number or one
+    for each head, takes the place of a norm of `ref` below it: sizes of what a result is a sum of.
     """
     x = np.moveaxis(np.asarray(x).astype(np.float64), head_axis, 0)
     ref = np.moveaxis(np.asarray(ref).astype(np.float64), head_axis, 0)
@@ -123,7 +124,7 @@ def rel_l2(x, ref, head_axis=2):
         return 0.0
     heads = x.shape[0]
     error = np.linalg.norm((x - ref).reshape(heads, -1), axis=1)
-    size = np.linalg.norm(ref.reshape(heads, -1), axis=1)
+    size = np.maximum(np.linalg.norm(ref.reshape(heads, -1), axis=1), least)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where((error == 0) & (size == 0), 0.0, error / size)
     return float(relative.max())

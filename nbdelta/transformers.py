@@ -17,6 +17,7 @@ from importlib.machinery import PathFinder
 
 import nbdelta
 from nbdelta.dispatch import rejection_reason
+from nbdelta.forks import wait_for
 
 __all__ = ["disable", "enable"]
 
@@ -31,6 +32,7 @@ _BOUNDARIES = "_nbdelta_boundaries"
 _STATIC_ADDRESS = "_dynamo_static_input_type"
 
 _lock = threading.RLock()
+wait_for(_lock)
 _held = []  # what enable() returned, until the end of its block or disable()
 _patches = []  # (module, function name, original, served)
 _said = set()

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nbdelta import naive
 from nbdelta.testing import Shape, allowed_error, as_dtype, make_inputs, rel_l2
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
@@ -154,8 +155,47 @@ def multiplies_halves(dtype):
     return False
 
 
-def assert_matches(result, reference, dtype, *, state_dtype=None, hard_gates=False):
-    """Compare ``(o, final_state[, checkpoints])`` with the reference, head by head."""
+def _roots_of_squares(q, k, v, g, beta, S, chunk_size, keep):
+    """The reference's loop; in the place of every result it says how large its terms are."""
+    decay = np.exp(g)[..., None]
+    o, lately, before = np.zeros(v.shape), np.zeros(S.shape), np.zeros(S.shape)
+    for t in range(len(v)):
+        if t % 16 == 0:
+            lately, before = np.zeros(S.shape), lately
+        lately, before = lately * decay[t] ** 2, before * decay[t] ** 2
+        S = S * decay[t]
+        u = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", S, k[t]))
+        update = k[t][:, :, None] * u[:, None, :]
+        S, lately = S + update, lately + update**2
+        squares = S**2 + lately + before
+        # both factors are rounded: the state, and q with a gate per channel
+        o[t] = np.sqrt(2 * np.einsum("hkv,hk->hv", squares, q[t] ** 2))
+        keep(t + 1, np.sqrt(squares))
+    return o, np.sqrt(S**2 + lately + before)
+
+
+def sizes_of_terms(call):
+    """The results of the reference, with the sizes of their terms in the place of the sums.
+
+    A product in 16 bits rounds every token's update by itself, and a block of 16 tokens is summed
+    up before the next one sees what became of the state. Where keys are alike (of one channel they
+    all are), a later update takes away what an earlier one has brought, but not its error: that is
+    of the size of the updates of the last 16 to 31 tokens, not of what they leave. Where q is
+    orthogonal to k in all tokens, o is that much smaller than the rounded products it is a sum of.
+    """
+    return naive._rule(_roots_of_squares)(**call)
+
+
+def assert_matches(
+    result, reference, dtype, *, state_dtype=None, hard_gates=False, halves=None, sizes=None
+):
+    """Compare ``(o, final_state[, checkpoints])`` with the reference, head by head.
+
+    `halves` says whether products were made in 16 bits, if not the test's fixture does; `sizes`, as
+    `sizes_of_terms` gives them, are those that errors are then relative to.
+    """
+    if halves is None:
+        halves = multiplies_halves(dtype)
     if state_dtype is None:
         state_dtype = "float64" if dtype == "float64" else "float32"
     assert len(result) == len(reference)
@@ -168,8 +208,12 @@ def assert_matches(result, reference, dtype, *, state_dtype=None, hard_gates=Fal
         assert x.dtype.name == expected[i], names[i]
         assert x.shape == ref.shape, names[i]
         head_axis = 2 if i == 0 else 1
-        error = rel_l2(x, ref, head_axis)
-        products = dtype if multiplies_halves(dtype) else None
+        least = 0.0
+        if sizes is not None:
+            heads = np.moveaxis(sizes[i], head_axis, 0)
+            least = np.linalg.norm(heads.reshape(len(heads), -1), axis=1)
+        error = rel_l2(x, ref, head_axis, least)
+        products = dtype if halves else None
         allowed = allowed_error(
             ref, expected[i], head_axis, hard_gates=hard_gates, products=products
         )

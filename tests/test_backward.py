@@ -55,9 +55,29 @@ def forward_of(call):
     return {name: x for name, x in call.items() if name not in ("do", "dht")}
 
 
+def rounding_of_sums(call, expected, dtype):
+    """What a head's gradients of gates may be where all their terms cancel, but for rounding.
+
+    Those are products of a state and its gradient, which are as large as v and the initial state
+    and their gradients. They cancel where no gate matters: the only channel of a head, written to
+    with beta = 1, keeps nothing.
+    """
+
+    def norms(x, axis):
+        if x is None:
+            return 0.0
+        heads = np.moveaxis(np.asarray(x).astype(float), axis, 0)
+        return np.linalg.norm(heads.reshape(len(heads), -1), axis=1)
+
+    size = norms(call["v"], 2) * norms(expected["v"], 2)
+    size += norms(call.get("initial_state"), 1) * norms(expected["initial_state"], 1)
+    return size * (2.0**-50 if dtype == "float64" else 2.0**-22)
+
+
 def assert_close(got, expected, call, dtype):
     """Compare all gradients, each of its heads apart."""
     assert list(got) == list(expected)
+    rounding = rounding_of_sums(call, expected, dtype)
     for name, ref in expected.items():
         if ref is None:
             assert got[name] is None, name
@@ -68,7 +88,8 @@ def assert_close(got, expected, call, dtype):
         allowed = ALLOWED_GATES if name in ("g", "beta") else ALLOWED
         if axis == 0:  # one number each, sums over all tokens: not each by itself
             x, ref = np.asarray(x)[None], ref[None]
-        error, bound = rel_l2(x, ref, axis), max(allowed[x.dtype.name], allowed[dtype])
+        bound = max(allowed[x.dtype.name], allowed[dtype])
+        error = rel_l2(x, ref, axis, rounding / bound if name == "g" else 0.0)
         assert error <= bound, f"{name}: {error:.2e} > {bound:.0e}"
 
 

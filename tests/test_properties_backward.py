@@ -1,10 +1,12 @@
 """Random sizes, dtypes, layouts and options of the gradients against the reference."""
 
 from cases import DTYPES, GATES, LAYOUTS, relayout, repeat
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_backward import TRAINING, assert_close, call_of, kernel, reference, without_tiny_numbers
 from test_properties import shapes
+
+from nbdelta.testing import Shape
 
 ARRAYS = ("q", "k", "v", "g", "beta", "initial_state", "do", "dht")
 
@@ -19,6 +21,18 @@ ARRAYS = ("q", "k", "v", "g", "beta", "initial_state", "do", "dht")
     beta_max=st.sampled_from([1.0, 2.0]),
     repeated=st.lists(st.tuples(st.sampled_from(ARRAYS), st.integers(0, 2)), max_size=2),
     layouts=st.lists(st.sampled_from([None, *LAYOUTS]), min_size=8, max_size=8),
+)
+# every token puts its v in the place of the whole state: the gates' gradients are 0
+@example(
+    shape=Shape(1, 2, 1, 1, 1, 1),
+    option="no-beta",
+    gate="gda",
+    dtype="float32",
+    seed=0,
+    log_decay=None,
+    beta_max=1.0,
+    repeated=[],
+    layouts=[None] * 8,
 )
 def test_gradients(shape, option, gate, dtype, seed, log_decay, beta_max, repeated, layouts):
     # the norm of one number is itself: nothing is left of its gradient but what rounding leaves

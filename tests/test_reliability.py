@@ -111,6 +111,52 @@ def test_children_and_their_parent_call(tmp_path, method):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forks_while_another_thread_makes_its_first_call(tmp_path):
+    """At any step of it, imports and compilation: no child waits for what it has no thread for."""
+    call = """
+    import numpy as np, nbdelta
+    def call():
+        return nbdelta.chunk_local_cumsum(np.ones((1, 64, 2), np.float32), 16)[0, 15, 0]
+    """
+    run(textwrap.dedent(call) + "assert call() == 16", cache=tmp_path)
+    run(
+        textwrap.dedent(call)
+        + textwrap.dedent(
+            """
+            import os, signal, threading, time
+            def first_calls():
+                nbdelta.solve_tril(np.zeros((1, 32, 1, 16), np.float32))
+                nbdelta.fused_gate(np.zeros((1, 8, 2), np.float32))
+            other = threading.Thread(target=first_calls)
+            other.start()
+            children = []
+            while other.is_alive() and len(children) < 8:
+                time.sleep(0.1)
+                child = os.fork()
+                if child == 0:
+                    try:
+                        os._exit(int(call() != 16))
+                    finally:
+                        os._exit(2)
+                children.append(child)
+            other.join()
+            ends, deadline = {}, time.monotonic() + 60
+            while len(ends) < len(children) and time.monotonic() < deadline:
+                for child in set(children) - set(ends):
+                    pid, status = os.waitpid(child, os.WNOHANG)
+                    if pid:
+                        ends[child] = status
+                time.sleep(0.1)
+            for child in set(children) - set(ends):
+                os.kill(child, signal.SIGKILL)
+            assert children and set(ends.values()) == {0} and len(ends) == len(children), ends
+            """
+        ),
+        cache=tmp_path,
+    )
+
+
 def test_workers_of_a_data_loader(tmp_path):
     script = tmp_path / "loader.py"
     script.write_text(

@@ -82,15 +82,32 @@ def test_a_full_disk(tmp_path):
     assert errors.count("the cache cannot be used") == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
-def test_files_that_cannot_grow(tmp_path):
-    """No file may grow beyond 8 KB, and the next process finds what was left behind."""
-    limit = """
+LIMIT = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
 """
-    out, errors = finish(start(limit + DECODE, cache=tmp_path))
+limits_files = pytest.mark.skipif(
+    sys.platform == "win32", reason="there are no limits of file sizes"
+)
+
+
+@limits_files
+def test_a_damaged_index_that_cannot_be_replaced(tmp_path):
+    """As on a full disk: not a byte may be written."""
+    run(DECODE, cache=tmp_path)
+    for path in tmp_path.rglob("*.nbi"):
+        path.write_bytes(path.read_bytes()[:20])
+    out, errors = finish(start(LIMIT.format(0) + DECODE, cache=tmp_path))
+    assert "works" in out
+    assert errors.count("the cache cannot be used") == 1
+    assert "works" in run(DECODE, cache=tmp_path)
+
+
+@limits_files
+def test_files_that_cannot_grow(tmp_path):
+    """No file may grow beyond 8 KB, and the next process finds what was left behind."""
+    out, errors = finish(start(LIMIT.format(8192) + DECODE, cache=tmp_path))
     assert "works" in out
     assert errors.count("the cache cannot be used") == 1
     assert "works" in run(DECODE, cache=tmp_path)

@@ -144,6 +144,45 @@ def test_ctrl_c_at_any_step():
     )
 
 
+def test_ctrl_c_leaves_every_state_of_a_pool_old_or_new():
+    """At several times in a call: whole heads, bit for bit."""
+    run(
+        """
+        import signal, time
+        import numpy as np, nbdelta
+        rng = np.random.default_rng(0)
+        N, T, H = 64, 400, 8
+        x = (rng.standard_normal((N, T, H, 64)) * 0.1).astype(np.float32)
+        g = np.full((N, T, H), -0.01, np.float32)
+        old = rng.standard_normal((N + 3, H, 64, 64)).astype(np.float32)
+        slots = rng.permutation(N + 3)[:N]
+        def call(pool):
+            begin = time.perf_counter()
+            nbdelta.fused_recurrent_gated_delta_rule(
+                x, x, x, g, None, initial_state=pool, state_indices=slots, inplace_final_state=True
+            )
+            return time.perf_counter() - begin
+        new = old.copy()
+        call(new)
+        whole = call(old.copy())
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        cut = 0
+        for n in range(12):
+            pool = old.copy()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, whole * (n + 0.5) / 12)
+                call(pool)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                pass
+            kept, made = (pool == old).all((2, 3)), (pool == new).all((2, 3))
+            assert (kept | made).all()
+            cut += kept[slots].any() and made[slots].any()
+        assert cut > 2, cut
+        """
+    )
+
+
 def test_ctrl_c_while_kernels_are_compiled(tmp_path):
     """The next call, and the next process, compile what is missing."""
     first = f"""

@@ -16,11 +16,13 @@ from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.serialize import dumps
 from numba.core.typed_passes import NativeLowering
 
 from nbdelta.cpu._float_mode import begin_flushing, end_flushing
+from nbdelta.forks import wait_for
 
 # Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
 # imports. Every kernel refers to this number, which makes it a part of the cache key.
@@ -51,6 +53,8 @@ def _number_functions_apart():
 _number_functions_apart()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_number_functions_apart)
+# of a kernel that another thread compiles
+wait_for(global_compiler_lock)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -148,7 +152,7 @@ class _Cache(FunctionCache):
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
-        except OSError as error:
+        except Exception as error:  # or it may read a damaged index that it could not replace
             _warn_of_cache(error)
 
 
