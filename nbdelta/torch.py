@@ -12,9 +12,15 @@ from torch.library import custom_op
 
 from nbdelta.arrays import view
 from nbdelta.dispatch import run
-from nbdelta.gradients import fill_gradients, keep_states, most_states, prepare_gradients
+from nbdelta.gradients import (
+    fill_gradients,
+    keep_states,
+    most_states,
+    prepare_gradients,
+    room_for_rows,
+)
 from nbdelta.large_pages import ask_for_large_pages
-from nbdelta.problem import check_options, prepare
+from nbdelta.problem import Problem, check_options, prepare
 from nbdelta.structure import Arrays, Options
 
 # in the order of `Arrays` and `Options`, without what no gradient goes through
@@ -105,13 +111,12 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     arrays, options = _arguments(args)
     *_, algorithm, keep = args
     problem = prepare(arrays, options)
-    states = _empty_states(arrays, keep)
+    states = _empty_states(arrays, _what_to_keep(keep, algorithm))
     if keep:
         kept = keep_states(problem, view(states, "states"))
         if kept.device == "cpu":
             ask_for_large_pages(kept.address, states.nbytes)
-            if problem.lengths is not None:  # there may be fewer than shapes alone can tell
-                states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
+            _clear_the_rest(problem, states)
     run(problem, algorithm)
     final_state = problem.final_state
     o: Any = problem.o.owner
@@ -119,10 +124,37 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return o, last, states
 
 
-def _empty_states(arrays: tuple[Any, ...], keep: bool) -> Tensor:
+NOTHING, STATES, ROWS_TOO = range(3)
+
+
+def _what_to_keep(keep: bool, algorithm: str) -> int:
+    """Token by token there is no U to keep."""
+    if not keep:
+        return NOTHING
+    return STATES if algorithm == "recurrent" else ROWS_TOO
+
+
+def _clear_the_rest(problem: Problem, states: Tensor) -> None:
+    """Clear what the forward pass may leave as it is, where shapes alone ask for too much."""
+    p = problem
+    short = p.T <= 1
+    if p.lengths is not None:
+        states[int((p.lengths // p.checkpoint_interval).sum()) : most_states("cpu", p.B, p.T)] = 0
+        short = bool((p.lengths <= 1).any())
+    if p.kept_rows:
+        states[-1] = 0
+        if short:
+            states[most_states("cpu", p.B, p.T) :] = 0
+
+
+def _empty_states(arrays: tuple[Any, ...], keep: int) -> Tensor:
     q, v = arrays[0], arrays[2]
     B, T, _, K = q.shape
-    n = most_states(str(q.device), B, T) if keep else 0
+    n, device = 0, str(q.device)
+    if keep:
+        n = most_states(device, B, T)
+    if keep == ROWS_TOO:
+        n += room_for_rows(device, str(q.dtype).rpartition(".")[2], B, T, K, v.shape[3])
     states: Tensor = q.new_empty((n, *v.shape[2:3], K, *v.shape[3:]), dtype=_state_dtype(q))
     return states
 
@@ -143,7 +175,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         N = B if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         dtype = _state_dtype(a.q) if a.initial_state is None else a.initial_state.dtype
         state = a.q.new_empty((N, HV, V, K) if o.state_v_first else (N, HV, K, V), dtype=dtype)
-    return a.q.new_empty((B, T, HV, V)), state, _empty_states(arrays, args[-1])
+    *_, algorithm, keep = args
+    states = _empty_states(arrays, _what_to_keep(keep, algorithm))
+    return a.q.new_empty((B, T, HV, V)), state, states
 
 
 @custom_op(

@@ -6,6 +6,7 @@ from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
 from nbdelta.cpu._chunk_panels import token_rows
 from nbdelta.cpu._chunk_scratch import strip_rows_of
 from nbdelta.cpu._jit import njit
+from nbdelta.cpu._kept_rows import keep_rows, kept_rows
 from nbdelta.cpu._matrix_unit import (
     DOTS,
     FLOATS,
@@ -84,6 +85,7 @@ def _by_panels(PER_CHANNEL, unit):
         )  # fmt: skip
         v_rows, v_step = token_rows(REAL, v, b, t, n, hv, width, m.v)
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
+        kept = kept_rows(REAL, desc, b, t, hv)
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix = m.gates + SUFFIX * row
         keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
@@ -114,6 +116,8 @@ def _by_panels(PER_CHANNEL, unit):
                     REAL, keys, m.a, states, u, KP, j, key_gate, v_rows + i, v_step, m.beta, suffix,
                     v_next, v[3],
                 )  # fmt: skip
+            if kept:
+                keep_rows(REAL, u, n, kept + n * i)
             for j in range(0, tokens, MR):
                 second_product(
                     REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
