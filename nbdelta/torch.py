@@ -4,6 +4,7 @@ Imported by the public functions for calls that PyTorch has to know of: a gradie
 graph is traced, or autocast is on. Any other call goes by without it.
 """
 
+import ctypes
 from typing import Any
 
 import torch
@@ -135,16 +136,20 @@ def _what_to_keep(keep: bool, algorithm: str) -> int:
 
 
 def _clear_the_rest(problem: Problem, states: Tensor) -> None:
-    """Clear what the forward pass may leave as it is, where shapes alone ask for too much."""
-    p = problem
-    short = p.T <= 1
+    """Clear what the forward pass may leave as it is, where shapes alone ask for too much.
+
+    By one thread: those of PyTorch would go on watching for work beside the kernels'.
+    """
+    p, count = problem, states.shape[0]
+    address, size = states.data_ptr(), states.nbytes // max(count, 1)
+    most, short = most_states("cpu", p.B, p.T), p.T <= 1
     if p.lengths is not None:
-        states[int((p.lengths // p.checkpoint_interval).sum()) : most_states("cpu", p.B, p.T)] = 0
+        first = int((p.lengths // p.checkpoint_interval).sum())
         short = bool((p.lengths <= 1).any())
+        ctypes.memset(address + first * size, 0, (most - first) * size)
     if p.kept_rows:
-        states[-1] = 0
-        if short:
-            states[most_states("cpu", p.B, p.T) :] = 0
+        first = most if short else count - 1
+        ctypes.memset(address + first * size, 0, (count - first) * size)
 
 
 def _empty_states(arrays: tuple[Any, ...], keep: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from nbdelta.cpu._backward_tiles import ROWS_BEHIND
+from nbdelta.cpu._backward_state_tiles import ROWS_BEHIND
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._vector_unit import W
 

@@ -14,9 +14,10 @@ The gradient of a gate is the sum of everything that is multiplied with its deca
 tokens before and after it, what later tokens read of the state, what earlier ones leave in it, and
 the state itself. No sum of it is a difference, so it is as exact at -1000 as at 0.
 
-The states at the start of every chunk of 128 tokens come from the forward pass, those of its
-blocks are made anew. One item of work is one sequence, one key head and its value heads, whose
-gradients of q and k are added up in the order of the heads.
+The states at the start of every chunk of 128 tokens come from the forward pass, and U with them;
+the states of a chunk's blocks are made anew. dbeta is made of U = beta E; where U was not kept or
+beta is close to 0, E is made anew as well. One item of work is one sequence, one key head and its
+value heads, whose gradients of q and k are added up in the order of the heads.
 """
 
 from functools import cache
@@ -27,7 +28,6 @@ from nbdelta.arrays import view
 from nbdelta.cpu._backward_blocks import (
     backward_block,
     finish_block,
-    forward_block,
     prepare_block,
 )
 from nbdelta.cpu._backward_gates import (
@@ -46,7 +46,8 @@ from nbdelta.cpu._backward_gates import (
     store_sums,
 )
 from nbdelta.cpu._backward_scratch import CHUNK, work_layout, work_layout_of
-from nbdelta.cpu._backward_tiles import rows_to_strips
+from nbdelta.cpu._backward_state_tiles import rows_to_strips
+from nbdelta.cpu._backward_states import forward_block
 from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
     CHECKPOINTS,
