@@ -50,16 +50,24 @@ def most_states(device: str, B: int, T: int) -> int:
     return B * (T // int(stage("chunk_backward", device).CHUNK))
 
 
+def room_for_rows(device: str, dtype: str, B: int, T: int, K: int, V: int) -> int:
+    """Return how many states' room the rows take that the forward pass keeps behind the states."""
+    room: int = stage("chunk_backward", device).room_for_rows(B * T, K, V, dtype)
+    return room
+
+
 def keep_states(problem: Problem, states: View | None = None) -> View:
-    """Let the forward pass keep the states at the starts of chunks, or take what it kept.
+    """Let the forward pass keep what the backward pass wants, or take what it kept.
+
+    These are the states at the starts of chunks and, on the CPU, U of every token behind them.
 
     Parameters
     ----------
     problem : Problem
         A call without checkpoints.
     states : View, optional
-        ``[n, HV, K, V]``, with `most_states` or as many as there are: to be filled, or what an
-        equal call kept. ``None`` allocates them.
+        ``[n, HV, K, V]``, with `most_states` or as many as there are, and with or without
+        `room_for_rows`: to be filled, or what an equal call kept. ``None`` allocates them.
 
     Returns
     -------
@@ -68,12 +76,18 @@ def keep_states(problem: Problem, states: View | None = None) -> View:
     """
     p = problem
     chunk = p.checkpoint_interval = int(stage("chunk_backward", p.device).CHUNK)
+    most, room = (
+        most_states(p.device, p.B, p.T),
+        room_for_rows(p.device, p.q.dtype, p.B, p.T, p.K, p.V),
+    )
     if states is None:
-        n = most_states(p.device, p.B, p.T)
         if p.lengths is not None:
-            n = int((p.lengths // chunk).sum())
+            most = int((p.lengths // chunk).sum())
         dtype = "float64" if p.q.dtype == "float64" else "float32"
-        states = empty(p.q, (n, p.HV, p.K, p.V), dtype)
+        room = room if most else 0  # no forward pass runs
+        states = empty(p.q, (most + room, p.HV, p.K, p.V), dtype)
+    if room and states.shape[0] == most + room:
+        p.kept_rows = states.address + most * states.strides[0]
     p.checkpoints = states
     return states
 

@@ -72,6 +72,8 @@ class Problem:
     head_order: str
     chunk_size: int | None
     precision: str | None
+    # where the forward pass of the CPU leaves U for the backward pass: an address, 0 for nowhere
+    kept_rows: int = 0
 
     @property
     def per_channel(self) -> bool:

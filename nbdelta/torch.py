@@ -4,17 +4,23 @@ Imported by the public functions for calls that PyTorch has to know of: a gradie
 graph is traced, or autocast is on. Any other call goes by without it.
 """
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from nbdelta.arrays import view
+from nbdelta.arrays import empty, view
 from nbdelta.dispatch import run, stage
-from nbdelta.gradients import fill_gradients, keep_states, most_states, prepare_gradients
-from nbdelta.large_pages import ask_for_large_pages
-from nbdelta.problem import check_options, prepare
+from nbdelta.gradients import (
+    fill_gradients,
+    keep_states,
+    most_states,
+    prepare_gradients,
+    room_for_rows,
+)
+from nbdelta.problem import Problem, check_options, prepare
 from nbdelta.structure import Arrays, Options
 
 # in the order of `Arrays` and `Options`, without what no gradient goes through
@@ -105,16 +111,19 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     arrays, options = _arguments(args)
     *_, algorithm, keep = args
     problem = prepare(arrays, options)
-    states = _empty_states(arrays, keep)
+    like = view(arrays[0], "q")
+    shape = _shape_of_states(arrays, _what_to_keep(keep, algorithm), like.device)
+    kept = empty(like, shape, "float64" if like.dtype == "float64" else "float32")
+    states: Any = kept.owner
     if keep:
-        kept = keep_states(problem, view(states, "states"))
+        keep_states(problem, kept)
         if kept.device == "cpu":
-            ask_for_large_pages(kept.address, states.nbytes)
-        # there may be fewer than shapes alone can tell
-        if problem.lengths is not None:
-            states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
-        elif problem.cu_seqlens is not None:  # only the device knows how many
+            _clear_the_rest(problem, states)
+        elif problem.cu_seqlens is not None and problem.lengths is None:
+            # only the device knows how many there are
             stage("chunk_backward", problem.device).clear_unused_states(problem)
+        elif problem.lengths is not None:
+            states[int((problem.lengths // problem.checkpoint_interval).sum()) :] = 0
     run(problem, algorithm)
     final_state = problem.final_state
     o: Any = problem.o.owner
@@ -122,12 +131,41 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return o, last, states
 
 
-def _empty_states(arrays: tuple[Any, ...], keep: bool) -> Tensor:
+NOTHING, STATES, ROWS_TOO = range(3)
+
+
+def _what_to_keep(keep: bool, algorithm: str) -> int:
+    """Token by token there is no U to keep."""
+    if not keep:
+        return NOTHING
+    return STATES if algorithm == "recurrent" else ROWS_TOO
+
+
+def _clear_the_rest(problem: Problem, states: Tensor) -> None:
+    """Clear what the forward pass may leave as it is, where shapes alone ask for too much.
+
+    By one thread: those of PyTorch would go on watching for work beside the kernels'.
+    """
+    p, count = problem, states.shape[0]
+    address, size = states.data_ptr(), states.nbytes // max(count, 1)
+    most, short = most_states("cpu", p.B, p.T), p.T <= 1
+    if p.lengths is not None:
+        first = int((p.lengths // p.checkpoint_interval).sum())
+        short = bool((p.lengths <= 1).any())
+        ctypes.memset(address + first * size, 0, (most - first) * size)
+    if p.kept_rows:
+        first = most if short else count - 1
+        ctypes.memset(address + first * size, 0, (count - first) * size)
+
+
+def _shape_of_states(arrays: tuple[Any, ...], keep: int, device: str) -> tuple[int, ...]:
     q, v = arrays[0], arrays[2]
     B, T, _, K = q.shape
-    n = most_states(str(q.device), B, T) if keep else 0
-    states: Tensor = q.new_empty((n, *v.shape[2:3], K, *v.shape[3:]), dtype=_state_dtype(q))
-    return states
+    HV, V = v.shape[2:]
+    n = most_states(device, B, T) if keep else 0
+    if keep == ROWS_TOO:
+        n += room_for_rows(device, str(q.dtype).rpartition(".")[2], B, T, K, V)
+    return n, HV, K, V
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
@@ -146,7 +184,10 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         N = B if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         dtype = _state_dtype(a.q) if a.initial_state is None else a.initial_state.dtype
         state = a.q.new_empty((N, HV, V, K) if o.state_v_first else (N, HV, K, V), dtype=dtype)
-    return a.q.new_empty((B, T, HV, V)), state, _empty_states(arrays, args[-1])
+    *_, algorithm, keep = args
+    shape = _shape_of_states(arrays, _what_to_keep(keep, algorithm), str(a.q.device))
+    states = a.q.new_empty(shape, dtype=_state_dtype(a.q))
+    return a.q.new_empty((B, T, HV, V)), state, states
 
 
 @custom_op(

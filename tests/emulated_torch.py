@@ -34,11 +34,9 @@ def serve_torch(monkeypatch):
     import torch
     from numba import cuda
 
-    import nbdelta.torch
     from nbdelta import arrays
 
     held, torch_view, real_to = {}, arrays._torch_view, torch.Tensor.to
-    real_states, most_states = nbdelta.torch._empty_states, nbdelta.torch.most_states
 
     def new(shape, dtype, device="cuda:0"):
         assert str(device).startswith("cuda")
@@ -61,16 +59,10 @@ def serve_torch(monkeypatch):
         seen.device = "cuda:0"
         return seen
 
-    def states(given, keep):
-        made = real_states(given, keep)
-        return new(made.shape, made.dtype)
-
     def to(x, target, *args, **kwargs):
         return to_cuda(x) if str(target).startswith("cuda") else real_to(x, target, *args, **kwargs)
 
     stream = SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(nbdelta.torch, "_empty_states", states)
-    monkeypatch.setattr(nbdelta.torch, "most_states", lambda _, B, T: most_states("cuda:0", B, T))
     monkeypatch.setattr(arrays, "_torch_view", view)
     monkeypatch.setattr(torch, "empty", new)
     monkeypatch.setattr(torch.Tensor, "cuda", to_cuda)

@@ -146,7 +146,7 @@ def test_empty(like, dtype):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
-def test_large_torch_results_ask_for_large_pages():
+def test_large_torch_results_come_in_large_pages():
     result = empty(view(torch.zeros(1), "q"), (2**23,), "float32")
     inside, flags = result.address + result.owner.nbytes // 2, None
     for line in Path("/proc/self/smaps").read_text().splitlines():

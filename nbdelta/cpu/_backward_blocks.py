@@ -3,7 +3,7 @@
 from functools import cache
 
 from nbdelta.cpu import _chunk_panels as panels
-from nbdelta.cpu._backward_gate_tiles import norm_gradient
+from nbdelta.cpu._backward_gate_tiles import norm_gradient, norm_gradient_of_columns
 from nbdelta.cpu._backward_gates import (
     DKEY,
     DO,
@@ -15,37 +15,46 @@ from nbdelta.cpu._backward_gates import (
     store_token_gates,
     token_gates,
 )
-from nbdelta.cpu._backward_tiles import (
+from nbdelta.cpu._backward_state_tiles import (
     ERROR_ROWS,
-    SUFFIX_ROWS,
+    LINE,
+    fetch_rows,
+    stream_rows,
+)
+from nbdelta.cpu._backward_tiles import (
     add_rows,
-    advance,
+    pair_products,
     pair_weights,
     row_sums,
-    scale_rows,
-    solve_errors,
     solve_transposed,
+    spread,
     state_gradient,
-    state_products,
+    state_product,
     transpose_into,
 )
-from nbdelta.cpu._call import EPS, KEY, SCALE, VALUE, K, Q, V, array_at, at, real
-from nbdelta.cpu._chunk_panels import load_beta, norms, token_rows
+from nbdelta.cpu._call import EPS, KEY, SCALE, K, Q, V, array_at, at, real
+from nbdelta.cpu._chunk_panels import norms, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
     copy_rows,
     fill_row,
     is_plain,
-    save,
     store_row,
     transpose_tile,
     zero_rows,
 )
 from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
-from nbdelta.cpu._tiles import DECAY, KEY_GATE, QUERY_GATE, SUFFIX, gram, pack_columns
+from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, gram
 from nbdelta.cpu._vector_unit import W
 
 _gram = gram(False)
+
+
+@njit()
+def _fetch_tokens(REAL, x, b, t, h, width):
+    """Bring the token rows of a block that comes soon into the cache."""
+    for c in range(0, width, W):
+        fetch_rows(REAL, at(x, b, t, h) + c * x[5], x[3])
 
 
 @cache
@@ -53,76 +62,22 @@ def prepare_block(PER_CHANNEL):
     key_head = panels.key_head(False)
 
     @njit()
-    def prepare_block(REAL, desc, m, b, t, n, hk, dq, dk):
+    def prepare_block(REAL, desc, m, b, t, n, hk, dq, dk, pairs):
         """What the value heads of a key head share."""
         q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
         k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
         q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
         norms(REAL, desc, k_rows, k_step, KP, m.k_norm, m.k)
         norms(REAL, desc, q_rows, q_step, KP, m.q_norm, m.q)
+        _fetch_tokens(REAL, k, b, t + W, hk, desc[K])
+        _fetch_tokens(REAL, q, b, t + W, hk, desc[K])
         if not PER_CHANNEL:
             key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
         zero_rows(REAL, dq, KP)
         zero_rows(REAL, dk, KP)
+        zero_rows(REAL, pairs, 2 * W)
 
     return prepare_block
-
-
-@njit()
-def _clear_pairs(REAL, n, x):
-    """Tokens after the end of a sequence are in no pair."""
-    size = itemsize(REAL)
-    for j in range(W):
-        for i in range(n if j < n else 0, W):
-            save(REAL, x + (j * W + i) * size, REAL(0))
-
-
-@cache
-def forward_block(PER_CHANNEL):
-    head_gates, channel_gates = panels.head_gates(False), panels.channel_gates(False)
-
-    @njit()
-    def forward_block(REAL, desc, m, w, b, t, n, hk, hv, beta, state, has_next):
-        """Gates, triangles, E and U of a value head, and the state at the start of the next block.
-
-        The forward kernel's panels are made without beta, which gives -M in place of -A.
-        """
-        size, KP, VP = itemsize(REAL), padded(REAL, desc[K]), padded(REAL, desc[V])
-        row = W * size
-        load_beta(REAL, desc, b, t, n, hv, beta)
-        fill_row(REAL, REAL(1), m.beta)
-        if PER_CHANNEL:
-            q, k = array_at(desc, Q), array_at(desc, KEY)
-            k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
-            q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-            channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
-            if n < W:
-                _clear_pairs(REAL, n, m.a)
-                _clear_pairs(REAL, n, m.p)
-            # k e^(G_last - G) as columns, and no other factors
-            for c in range(0, KP, W):
-                transpose_tile(REAL, m.updates + c * row, row)
-            fill_row(REAL, REAL(1), m.gates + SUFFIX * row)
-            fill_row(REAL, REAL(1), m.gates + DECAY * row)
-        else:
-            head_gates(REAL, desc, m, b, t, n, hv)
-        updates = m.updates if PER_CHANNEL else m.keys
-        v_rows, v_step = token_rows(REAL, array_at(desc, VALUE), b, t, n, hv, desc[V], m.v)
-        for s in range(VP // W):
-            strip = state + s * w.strip_step
-            u = strip + KP * row
-            for first in range(0, W, rows_of_tile(REAL)):
-                solve_errors(
-                    REAL, m.keys, m.a, strip, u, KP, first, m.gates, v_rows + s * row, v_step, beta
-                )
-            if has_next:
-                for c in range(0, KP, W):
-                    advance(
-                        REAL, updates + c * row, strip + c * row, u + SUFFIX_ROWS * row,
-                        m.decay + c * size, strip + w.state_step + c * row,
-                    )  # fmt: skip
-
-    return forward_block
 
 
 @njit()
@@ -130,91 +85,115 @@ def _store_tile(REAL, x, b, t, n, h, first, width, tile):
     """Write n token rows of 16 numbers as columns first.. of ``x[b, t:, h]``."""
     row, target = W * itemsize(REAL), at(x, b, t, h) + first * x[5]
     if is_plain(REAL, x[1], x[5], width):
-        copy_rows(REAL, tile, row, target, x[3], n)
+        if (target | x[3]) % LINE == 0:
+            stream_rows(REAL, tile, target, x[3], n)
+        else:
+            copy_rows(REAL, tile, row, target, x[3], n)
     else:
         for i in range(n):
             own = target + i * x[3]
             store_row(REAL, x[1], tile + i * row, min(W, width - first), own, x[5])
 
 
-@njit()
-def _solve_strips(REAL, desc, m, w, b, t, n, hv, updates, beta, state, dstate):
-    """Y = dV of every strip, and dO, Y and U as the products after this want them."""
-    KP, VP, row = padded(REAL, desc[K]), padded(REAL, desc[V]), W * itemsize(REAL)
-    do, dv = array_at(desc, DO), array_at(desc, DV)
-    MR, width = rows_of_tile(REAL), desc[V]
-    do_rows, do_step = w.do, padded(REAL, width) * itemsize(REAL)
-    if do[0]:
-        do_rows, do_step = token_rows(REAL, do, b, t, n, hv, width, w.do)
-    else:
-        zero_rows(REAL, w.do, VP)
-    transpose_into(REAL, m.a, w.at)
-    transpose_into(REAL, m.p, w.pt)
-    zero_rows(REAL, w.dbeta, W)
-    for s in range(VP // W):
-        strip, tile = state + s * w.strip_step, s * W * row
-        u = strip + KP * row
-        scale_rows(REAL, do_rows + s * row, do_step, w.ones, w.do_tile)
-        scale_rows(REAL, w.do_tile, row, m.gates + QUERY_GATE * row, w.do_rows + tile)
-        pack_columns(REAL, w.do_tile, row, w.ones, w.do_columns + tile)
-        pack_columns(REAL, u, row, w.ones, w.u_columns + tile)
-        for first in range(W - MR, -1, -MR):
-            solve_transposed(
-                REAL, updates, w.at, w.pt, dstate + s * KP * row, w.do_tile, w.y_tile, KP, first,
-                m.gates, beta, u + ERROR_ROWS * row, w.dbeta,
+@cache
+def _back_through_strips(PER_CHANNEL):
+    step_back = state_gradient(PER_CHANNEL)
+
+    @njit()
+    def back_through_strips(REAL, desc, m, w, b, t, n, hv, beta, state, dstate):
+        """Y = dV, and dS at the start of the block, strip by strip.
+
+        A strip of dS is in the first cache for both; dO and Y are left as columns.
+        """
+        size, KP, VP = itemsize(REAL), padded(REAL, desc[K]), padded(REAL, desc[V])
+        row, MR, width = W * size, rows_of_tile(REAL), desc[V]
+        do, dv = array_at(desc, DO), array_at(desc, DV)
+        updates = m.updates if PER_CHANNEL else m.keys
+        do_rows, do_step = w.do, VP * size
+        if do[0]:
+            do_rows, do_step = token_rows(REAL, do, b, t, n, hv, width, w.do)
+        else:
+            zero_rows(REAL, w.do, VP)
+        # not further ahead: rows of tokens lie in few sets of the second cache
+        do_next = at(do, b, t, hv) + W * do[5]
+        transpose_into(REAL, m.a, w.at)
+        transpose_into(REAL, m.p, w.pt)
+        zero_rows(REAL, w.dbeta, W)
+        # one row of sums for every channel, or for all of them
+        kept_step = row if PER_CHANNEL else 0
+        zero_rows(REAL, w.kept, KP)
+        for s in range(VP // W):
+            strip, dstrip, tile = state + s * w.strip_step, dstate + s * KP * row, s * W * row
+            fetch_rows(REAL, do_next + s * W * do[5], do[3])
+            copy_rows(REAL, do_rows + s * row, do_step, w.do_tile, row, W)
+            spread(
+                REAL, w.do_tile, m.gates + QUERY_GATE * row, w.do_rows, w.do_columns + tile
             )  # fmt: skip
-        scale_rows(REAL, w.y_tile, row, m.gates + KEY_GATE * row, w.y_rows + tile)
-        pack_columns(REAL, w.y_tile, row, w.ones, w.y_columns + tile)
-        _store_tile(REAL, dv, b, t, n, hv, s * W, width, w.y_tile)
+            for first in range(W - MR, -1, -MR):
+                solve_transposed(
+                    REAL, updates, w.at, w.pt, dstrip, w.do_tile, w.y_tile, KP, first, m.gates,
+                    beta, strip + (KP + ERROR_ROWS) * row, w.dbeta,
+                )  # fmt: skip
+            spread(REAL, w.y_tile, m.gates + KEY_GATE * row, w.y_rows, w.y_columns + tile)
+            _store_tile(REAL, dv, b, t, n, hv, s * W, width, w.y_tile)
+            for c in range(0, KP, W):
+                i = c * row
+                step_back(
+                    REAL, m.queries + i, m.keys + i, dstrip + i, strip + i, w.do_rows, w.y_rows,
+                    m.decay + c * size, w.kept + c * kept_step,
+                )  # fmt: skip
+
+    return back_through_strips
 
 
 @cache
 def backward_block(PER_CHANNEL):
-    products, step_back = state_products(PER_CHANNEL), state_gradient(PER_CHANNEL)
+    product, back_through_strips = state_product(PER_CHANNEL), _back_through_strips(PER_CHANNEL)
 
     @njit()
-    def backward_block(REAL, desc, m, w, b, t, n, hv, beta, state, dstate, dq, dk, drate):
+    def backward_block(
+        REAL, desc, m, w, b, t, n, hk, hv, beta, per_beta, state, dstate, dq, dk, pairs, drate
+    ):
         """Gradients of a block of a value head; dS is taken from its end to its start."""
         size, KP, VP = itemsize(REAL), padded(REAL, desc[K]), padded(REAL, desc[V])
         row, MR = W * size, rows_of_tile(REAL)
-        updates = m.updates if PER_CHANNEL else m.keys
+        strips, step = VP // W, w.strip_step
         fill_row(REAL, REAL(1), w.ones)
-        _solve_strips(REAL, desc, m, w, b, t, n, hv, updates, beta, state, dstate)
+        read_q, read_k, written = dq, dk, dk
+        if PER_CHANNEL:
+            read_q, read_k, written = w.reads_q, w.reads_k, w.writes
+        else:
+            zero_rows(REAL, w.reads_row, 1)
+            zero_rows(REAL, w.writes_row, 1)
+        for s in range(strips):
+            u = state + s * step + KP * row
+            transpose_into(REAL, u, w.u_columns + s * W * row)
+        for c in range(0, KP * row, MR * row):
+            product(
+                REAL, dstate + c, KP * row, strips * KP * row, w.u_columns, m.gates + SUFFIX * row,
+                m.keys + c, written + c, w.writes_row,
+            )  # fmt: skip
+        back_through_strips(REAL, desc, m, w, b, t, n, hv, beta, state, dstate)
         for first in range(0, W, MR):
             _gram(REAL, w.u_columns, w.do_columns, first, VP, w.u_do)
             _gram(REAL, w.u_columns, w.y_columns, first, VP, w.u_y)
         scale = REAL(real(desc, SCALE))
         pair_weights(REAL, m.gates, m.kk, m.qk, w.u_do, w.u_y, scale, w.wp, w.wa, w.dg)
-        transpose_into(REAL, w.wp, w.wpt)
-        read_q, read_k, written = dq, dk, dk
-        if PER_CHANNEL:
-            read_q, read_k, written = w.reads_q, w.reads_k, w.writes
-        else:
-            transpose_into(REAL, w.wa, w.at)
-            add_rows(REAL, w.wa, w.at, w.wa)
-            zero_rows(REAL, w.reads_row, 1)
-            zero_rows(REAL, w.writes_row, 1)
-        strips, step = VP // W, w.strip_step
+        if not PER_CHANNEL:
+            # the value heads' k and q are the same: one product for all of them
+            add_rows(REAL, pairs, w.wp, pairs)
+            add_rows(REAL, pairs + W * row, w.wa, pairs + W * row)
         for c in range(0, KP, MR):
             i = c * row
-            products(
-                REAL, state + i, step, strips * step, dstate + i, KP * row, strips * KP * row,
-                w.do_columns, w.y_columns, w.u_columns, m.gates, m.queries + i, m.keys + i, w.wp,
-                w.wpt, w.wa, read_q + i, read_k + i, written + i, w.reads_row, w.writes_row,
+            product(
+                REAL, state + i, step, strips * step, w.do_columns, m.gates + QUERY_GATE * row,
+                m.queries + i, read_q + i, w.reads_row,
             )  # fmt: skip
-        # one row of sums for every channel, or for all of them
-        kept_step = row if PER_CHANNEL else 0
-        zero_rows(REAL, w.kept, KP)
-        for s in range(strips):
-            tile = s * W * row
-            for c in range(0, KP, W):
-                i = c * row
-                step_back(
-                    REAL, m.queries + i, m.keys + i, dstate + s * KP * row + i,
-                    state + s * step + i, w.do_rows + tile, w.y_rows + tile, m.decay + c * size,
-                    w.kept + c * kept_step,
-                )  # fmt: skip
-        row_sums(REAL, w.dbeta, w.ones, w.dbeta)
+            product(
+                REAL, state + i, step, strips * step, w.y_columns, m.gates + KEY_GATE * row,
+                m.keys + i, read_k + i, w.reads_row,
+            )  # fmt: skip
+        row_sums(REAL, w.dbeta, per_beta, w.dbeta)
         store_dbeta(REAL, desc, b, t, n, hv, w)
         if PER_CHANNEL:
             channel_pairs(REAL, desc, m, w, n, dq, dk)
@@ -229,21 +208,31 @@ def backward_block(PER_CHANNEL):
 @cache
 def finish_block(PER_CHANNEL):
     @njit()
-    def finish_block(REAL, desc, m, b, t, n, hk, dq, dk):
+    def finish_block(REAL, desc, m, w, b, t, n, hk, dq, dk, wp):
         """Store the gradients of q and k, through their norms."""
         KP, row = padded(REAL, desc[K]), W * itemsize(REAL)
         if not PER_CHANNEL:
-            for c in range(0, KP, W):
-                transpose_tile(REAL, dq + c * row, row)
-                transpose_tile(REAL, dk + c * row, row)
+            wa = wp + W * row
+            transpose_into(REAL, wp, w.wpt)
+            transpose_into(REAL, wa, w.at)
+            add_rows(REAL, wa, w.at, wa)
+            for c in range(0, KP * row, rows_of_tile(REAL) * row):
+                pair_products(
+                    REAL, m.queries + c, m.keys + c, wp, w.wpt, wa, dq + c, dk + c
+                )  # fmt: skip
         if real(desc, EPS) >= 0:
-            q, k = array_at(desc, Q), array_at(desc, KEY)
-            k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
-            q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-            norm_gradient(REAL, k_rows, k_step, m.k_norm, KP, dk)
-            norm_gradient(REAL, q_rows, q_step, m.q_norm, KP, dq)
+            if PER_CHANNEL:
+                norm_gradient(REAL, m.x, KP * itemsize(REAL), m.k_norm, KP, dk)
+                norm_gradient(REAL, m.y, KP * itemsize(REAL), m.q_norm, KP, dq)
+            else:
+                norm_gradient_of_columns(REAL, m.keys, m.k_norm, KP, dk)
+                norm_gradient_of_columns(REAL, m.queries, m.q_norm, KP, dq)
         for c in range(0, KP, W):
-            _store_tile(REAL, array_at(desc, DQ), b, t, n, hk, c, desc[K], dq + c * row)
-            _store_tile(REAL, array_at(desc, DKEY), b, t, n, hk, c, desc[K], dk + c * row)
+            tiles = dq + c * row, dk + c * row
+            if not PER_CHANNEL:
+                transpose_tile(REAL, tiles[0], row)
+                transpose_tile(REAL, tiles[1], row)
+            _store_tile(REAL, array_at(desc, DQ), b, t, n, hk, c, desc[K], tiles[0])
+            _store_tile(REAL, array_at(desc, DKEY), b, t, n, hk, c, desc[K], tiles[1])
 
     return finish_block

@@ -95,24 +95,42 @@ def pairs_backward(e, k, q, decay, token, now, back, wp, wa, dk, dg):
 
 @tile
 def norm_gradient(e, x, x_step, norm, n, dx):
-    """Turn gradients of 16 normalised rows, in tiles of 16 channels, into those of the rows."""
+    """Turn gradients of 16 normalised rows x, in tiles of 16 channels, into those of the rows."""
     for t in range(W):
         source, target = x + x_step * t, dx + t * e.row
-        factor = e.bcast(norm, t * e.size)
 
         def add(offset, carried, source=source):
             total, row = carried
             return [e.fma(e.load(source + offset), e.load(row), total), row + W * e.row]
 
         total, _ = e.loop(n * e.size, [e.splat(0.0), target], add, e.row)
-        along = e.splat(e.total(total)) * factor * factor * factor * -1.0
+        along, factor = e.splat(e.total(total)) * -1.0, e.bcast(norm, t * e.size)
 
         def turn(offset, carried, source=source, factor=factor, along=along):
             row = carried[0]
-            e.store(e.fma(along, e.load(source + offset), factor * e.load(row)), row)
+            e.store(e.fma(along, e.load(source + offset), e.load(row)) * factor, row)
             return [row + W * e.row]
 
         e.loop(n * e.size, [target], turn, e.row)
+
+
+@tile
+def norm_gradient_of_columns(e, x, norm, n, dx):
+    """The same for columns of n channels."""
+    rounds = 4
+
+    def add(offset, totals):
+        at = [offset + i * e.row for i in range(rounds)]
+        return [e.fma(e.load(x + i), e.load(dx + i), total) for i, total in zip(at, totals)]
+
+    a, b, c, d = e.loop(n * e.row, [e.splat(0.0)] * rounds, add, rounds * e.row)
+    along, factor = ((a + b) + (c + d)) * -1.0, e.load(norm)
+
+    def turn(offset, carried):
+        e.store(e.fma(along, e.load(x + offset), e.load(dx + offset)) * factor, dx + offset)
+        return carried
+
+    e.loop(n * e.row, [], turn, e.row)
 
 
 def _finish_gate(e, dg, slope, by_rate, drate, dbias):

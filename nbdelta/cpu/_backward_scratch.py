@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from nbdelta.cpu._backward_tiles import ROWS_BEHIND
+from nbdelta.cpu._backward_state_tiles import ROWS_BEHIND
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._vector_unit import W
 
@@ -24,22 +24,23 @@ class Work(NamedTuple):
     dstate_step: int
     dq: int  # of every block, collected over the value heads
     dk: int
-    beta: int  # of every block
+    pairs: int  # of every block: wp and wa, added up over the value heads
+    beta: int  # of every block, and 1 / beta
     dv: int  # rows of Y
     do: int  # staged rows
     do_columns: int  # panels of dO, Y and U with the value columns as rows
     y_columns: int
     u_columns: int
-    do_rows: int  # tiles of rows of dO and Y with the factors of their gates
+    do_rows: int  # rows of dO and Y of a strip with the factors of their gates
     y_rows: int
-    do_tile: int  # those of one strip without
+    do_tile: int  # those without
     y_tile: int
     at: int  # -M and P with the reading token as row
     pt: int
     u_do: int
     u_y: int
-    wp: int  # see pair_weights; wpt is wp transposed, wa gets its own transpose added
-    wpt: int
+    wp: int  # see pair_weights
+    wpt: int  # wp transposed
     wa: int
     dbeta: int  # lanes that add up to the gradients of 16 betas
     kept: int  # see state_gradient
@@ -73,12 +74,13 @@ def work_layout(start, size, KP, VP, r, per_channel, block_step):
     dstates = states + BLOCKS * state_step
     dq = dstates + r * dstate_step
     dk = dq + BLOCKS * tokens
-    beta = dk + BLOCKS * tokens
-    dv = beta + BLOCKS * row
+    pairs = dk + BLOCKS * tokens
+    beta = pairs + BLOCKS * 2 * square
+    dv = beta + BLOCKS * 2 * row
     do = dv + values
     columns = do + values
     rows = columns + 3 * values
-    squares = rows + 2 * values
+    squares = rows + 2 * square
     kept = squares + 10 * square
     reads = kept + tokens
     running = reads + 3 * tokens
@@ -88,8 +90,9 @@ def work_layout(start, size, KP, VP, r, per_channel, block_step):
     drate = ones + 4 * row
     drate_step = row + KP * size
     return Work(
-        start, block_step, states, strip_step, state_step, dstates, dstate_step, dq, dk, beta, dv,
-        do, columns, columns + values, columns + 2 * values, rows, rows + values, squares,
+        start, block_step, states, strip_step, state_step, dstates, dstate_step, dq, dk, pairs,
+        beta, dv,
+        do, columns, columns + values, columns + 2 * values, rows, rows + square, squares,
         squares + square, squares + 2 * square, squares + 3 * square, squares + 4 * square,
         squares + 5 * square, squares + 6 * square, squares + 7 * square, squares + 8 * square,
         squares + 9 * square, kept, reads, reads + tokens, reads + 2 * tokens, running, back, dg,

@@ -8,7 +8,7 @@ transposed.
 from functools import cache
 
 from nbdelta.cpu._simd import tile
-from nbdelta.cpu._tiles import DECAY, KEY_GATE, QUERY_GATE, SUFFIX, fma_panel
+from nbdelta.cpu._tiles import DECAY, SUFFIX, fma_panel, store_columns
 from nbdelta.cpu._vector_unit import W
 
 
@@ -25,44 +25,6 @@ def fma_channels(e, acc, columns, rows, channels):
 
     *acc, _ = e.loop(W * e.row, [*acc, columns], body, rounds * e.row)
     return acc
-
-
-# ---- the states of a chunk once more ----
-
-# what lies behind the state in a strip: U, e^(G_last - G) U, and E with U = beta E
-U_ROWS, SUFFIX_ROWS, ERROR_ROWS, ROWS_BEHIND = 0, W, 2 * W, 3 * W
-
-
-@tile
-def solve_errors(e, keys, a, state, u, n, first, gates, v, v_step, beta):
-    """Rows first.. of E = V - e^G K S - M U and of U = beta E; `a` holds -M."""
-    v, at = v + v_step * first, first * e.size
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, keys + at, state, n)
-    for i in range(e.mr):
-        gate = e.bcast(gates + at, KEY_GATE * e.row + i * e.size)
-        acc[i] = e.fma(acc[i], gate, e.load(v + v_step * i))
-    if e.mr < W:
-        acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
-    triangle, u = a + first * e.row + at, u + first * e.row
-    for j in range(e.mr):
-        x = acc[j] * e.bcast(beta + at, j * e.size)
-        e.store(acc[j], u, (ERROR_ROWS + j) * e.row)
-        e.store(x, u, (U_ROWS + j) * e.row)
-        suffix = e.bcast(gates + at, SUFFIX * e.row + j * e.size)
-        e.store(x * suffix, u, (SUFFIX_ROWS + j) * e.row)
-        for i in range(j + 1, e.mr):
-            acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
-
-
-@tile
-def advance(e, keys, rows, u, decay, out):
-    """16 rows of e^G_last S + K^T U, where K or U has the factor e^(G_last - G)."""
-    for first in range(0, W, e.mr):
-        channels = range(first, first + e.mr)
-        acc = [e.bcast(decay, i * e.size) * e.load(rows, i * e.row) for i in channels]
-        acc = fma_channels(e, acc, keys, u, channels)
-        for i, x in zip(channels, acc):
-            e.store(x, out, i * e.row)
 
 
 # ---- through the triangular system, in reverse ----
@@ -99,21 +61,30 @@ def solve_transposed(e, keys, at, pt, dstate, do, y, n, first, gates, beta, erro
             acc[j] = e.fma(factor, x, acc[j])
 
 
+def _squares(e):
+    """Tokens and channels where the register squares of a tile of 16 x 16 begin."""
+    return [(t, c) for c in range(0, W, e.lanes) for t in range(0, W, e.lanes)]
+
+
 @tile
-def scale_rows(e, x, x_step, factor, out):
-    """16 rows, each times a factor of its own, one behind the other."""
-    for t in range(W):
-        e.store(e.load(x + x_step * t) * e.bcast(factor, t * e.size), out, t * e.row)
+def spread(e, x, factor, scaled, columns):
+    """16 rows, each times a factor of its own, and as they are as columns."""
+    for token, channel in _squares(e):
+        tokens, at = range(token, token + e.lanes), channel * e.size
+        rows = [e.load(x, t * e.row + at, e.lanes) for t in tokens]
+        for t, value in zip(tokens, rows):
+            e.store(value * e.bcast(factor, t * e.size, e.lanes), scaled, t * e.row + at)
+        store_columns(e, rows, columns, token, channel)
 
 
 @tile
 def transpose_into(e, x, out):
     """A tile of 16 x 16 transposed."""
-    for i in range(0, W, e.lanes):
-        for j in range(0, W, e.lanes):
-            rows = [e.load(x, (i + r) * e.row + j * e.size, e.lanes) for r in range(e.lanes)]
-            for r, value in enumerate(e.transpose(rows)):
-                e.store(value, out, (j + r) * e.row + i * e.size)
+    for token, channel in _squares(e):
+        rows = [
+            e.load(x, t * e.row + channel * e.size, e.lanes) for t in range(token, token + e.lanes)
+        ]
+        store_columns(e, rows, out, token, channel)
 
 
 @tile
@@ -156,65 +127,59 @@ def pair_weights(e, gates, kk, qk, u_do, u_y, scale, wp, wa, dg):
 # ---- gradients of q, k and the state: five more state products ----
 
 
-def _through_strips(e, strips, strip_step, end, panel):
-    """acc[c][:] = sum over the value columns v of strips[c][v] * panel[v][:], for a tile's
-    channels; the strips end after `end` bytes.
-    """
-
-    def body(offset, carried):
-        *acc, x = carried
-        for v in range(W):
-            row = e.load(x, v * e.row)
-            acc = [
-                e.fma(e.bcast(strips + offset, c * e.row + v * e.size), row, y)
-                for c, y in enumerate(acc)
-            ]
-        return [*acc, x + W * e.row]
-
-    *acc, _ = e.loop(end, [*[e.splat(0.0)] * e.mr, panel], body, strip_step)
-    return acc
-
-
 @cache
-def state_products(per_channel):
+def state_product(per_channel):
     """Make the products of the state with dO and Y, and of its gradient with U."""
 
     @tile
-    def state_products(
-        e, state, state_step, end, dstate, dstate_step, dend, do, y, u, gates, queries, keys,
-        wp, wpt, wa, dq, dk, written, reads, writes,
-    ):  # fmt: skip
-        """Columns of dq and dk for some channels: what a token reads of the state and writes to it.
+    def state_product(e, strips, strip_step, end, panel, gate, columns, target, total):
+        """Columns of dq or dk for some channels: what a token reads of the state or writes to it.
 
-        `do`, `y` and `u` are panels with the value columns as rows. With one gate per token what
-        goes through P and M is there too, it is all added to dq and dk, and the sums over channels
-        of q.dq + k.dk and of k.dk through the state are added to `reads` and `writes`. With a gate
-        per channel the three products go to dq, dk and `written`.
+        The sum over the value columns v of strips[c][v] * panel[v][:], times the row `gate`; the
+        strips end after `end` bytes. With one gate per token it is added to `target`, and its
+        product with `columns`, summed over channels, to the row `total`. With a gate per channel
+        it is stored.
         """
-        channels = range(e.mr)
 
-        def finish(acc, gate, total, columns, more, target):
-            factor = e.load(gates, gate * e.row)
-            acc = [x * factor for x in acc]
-            if not per_channel:
-                through = e.load(total)
-                for c, x in enumerate(acc):
-                    through = e.fma(e.load(columns, c * e.row), x, through)
-                e.store(through, total)
-                for panel, rows in more:
-                    acc = fma_channels(e, acc, panel, rows, channels)
-                acc = [x + e.load(target, c * e.row) for c, x in enumerate(acc)]
+        def body(offset, carried):
+            *acc, x = carried
+            for v in range(W):
+                row = e.load(x, v * e.row)
+                acc = [
+                    e.fma(e.bcast(strips + offset, c * e.row + v * e.size), row, y)
+                    for c, y in enumerate(acc)
+                ]
+            return [*acc, x + W * e.row]
+
+        *acc, _ = e.loop(end, [*[e.splat(0.0)] * e.mr, panel], body, strip_step)
+        factor = e.load(gate)
+        acc = [x * factor for x in acc]
+        if not per_channel:
+            through = e.load(total)
             for c, x in enumerate(acc):
-                e.store(x, target, c * e.row)
+                through = e.fma(e.load(columns, c * e.row), x, through)
+            e.store(through, total)
+            acc = [x + e.load(target, c * e.row) for c, x in enumerate(acc)]
+        for c, x in enumerate(acc):
+            e.store(x, target, c * e.row)
 
-        acc = _through_strips(e, state, state_step, end, do)
-        finish(acc, QUERY_GATE, reads, queries, [(keys, wp)], dq)
-        acc = _through_strips(e, state, state_step, end, y)
-        finish(acc, KEY_GATE, reads, keys, [(keys, wa), (queries, wpt)], dk)
-        acc = _through_strips(e, dstate, dstate_step, dend, u)
-        finish(acc, SUFFIX, writes, keys, [], written)
+    return state_product
 
-    return state_products
+
+@tile
+def pair_products(e, queries, keys, wp, wpt, wa, dq, dk):
+    """Add what goes through P and M to columns of dq and dk, for some channels.
+
+    `wp` and `wa` are those of `pair_weights`, wpt is wp transposed, and wa has its own transpose
+    added to it.
+    """
+    channels = range(e.mr)
+    for target, products in ((dq, [(keys, wp)]), (dk, [(keys, wa), (queries, wpt)])):
+        acc = [e.load(target, c * e.row) for c in channels]
+        for panel, rows in products:
+            acc = fma_channels(e, acc, panel, rows, channels)
+        for c, x in enumerate(acc):
+            e.store(x, target, c * e.row)
 
 
 @cache
@@ -229,6 +194,9 @@ def state_gradient(per_channel):
         rows of `kept`, all to the first one with one gate per token.
         """
         total = e.splat(0.0)
+        for i in range(W, 2 * W):
+            e.prefetch(state + i * e.row)
+            e.prefetch(dstate + i * e.row)
         for first in range(0, W, e.mr):
             channels = range(first, first + e.mr)
             acc = []

@@ -29,6 +29,8 @@ KERNEL, ITEMS, WORKERS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 116)
 FIRST = 116
 # whether states are fetched ahead
 FAR = 117
+# address of U of all blocks, which the forward pass keeps for the backward pass, or 0
+KEPT_ROWS = 118
 # items claimed, of all or of each worker's share: on cache lines of their own, since all threads
 # write to them
 NEXT = 128
@@ -68,7 +70,7 @@ def describe(problem, min_length=0, max_length=None):
             desc[index] = array.ctypes.data
     desc[B : N + 1] = p.B, p.T, p.H, p.HV, p.K, p.V, p.N
     desc[SLOTS] = 0 if p.state_indices is None else p.state_indices.shape[1]
-    desc[INTERVAL] = p.checkpoint_interval
+    desc[INTERVAL], desc[KEPT_ROWS] = p.checkpoint_interval, p.kept_rows
     put_float(desc, SCALE, p.scale)
     put_float(desc, EPS, L2NORM_EPS if p.use_qk_l2norm_in_kernel else -1.0)
     put_float(desc, BOUND, 0.0 if p.lower_bound is None else p.lower_bound)

@@ -5,6 +5,7 @@ from functools import cache
 from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
 from nbdelta.cpu._chunk_scratch import strip_rows_of
 from nbdelta.cpu._jit import njit
+from nbdelta.cpu._kept_rows import keep_rows, kept_rows
 from nbdelta.cpu._matrix_unit import (
     DOTS,
     FLOATS,
@@ -78,6 +79,7 @@ def _by_panels(PER_CHANNEL, unit):
         load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
         v_step = padded(REAL, width) * size
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
+        kept = kept_rows(REAL, desc, b, t, hv)
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix = m.gates + SUFFIX * row
         keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
@@ -110,6 +112,8 @@ def _by_panels(PER_CHANNEL, unit):
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
                     v_next, v[3], k_next, k[3], g_next, g[3],
                 )  # fmt: skip
+            if kept:
+                keep_rows(REAL, u, n, kept + n * i)
             for j in range(0, whole, MR):
                 second_product(
                     REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,

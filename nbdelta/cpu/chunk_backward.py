@@ -14,9 +14,10 @@ The gradient of a gate is the sum of everything that is multiplied with its deca
 tokens before and after it, what later tokens read of the state, what earlier ones leave in it, and
 the state itself. No sum of it is a difference, so it is as exact at -1000 as at 0.
 
-The states at the start of every chunk of 128 tokens come from the forward pass, those of its
-blocks are made anew. One item of work is one sequence, one key head and its value heads, whose
-gradients of q and k are added up in the order of the heads.
+The states at the start of every chunk of 128 tokens come from the forward pass, and U with them;
+the states of a chunk's blocks are made anew. dbeta is made of U = beta E; where U was not kept or
+beta is close to 0, E is made anew as well. One item of work is one sequence, one key head and its
+value heads, whose gradients of q and k are added up in the order of the heads.
 """
 
 from functools import cache
@@ -27,7 +28,6 @@ from nbdelta.arrays import view
 from nbdelta.cpu._backward_blocks import (
     backward_block,
     finish_block,
-    forward_block,
     prepare_block,
 )
 from nbdelta.cpu._backward_gates import (
@@ -46,6 +46,8 @@ from nbdelta.cpu._backward_gates import (
     store_sums,
 )
 from nbdelta.cpu._backward_scratch import CHUNK, work_layout, work_layout_of
+from nbdelta.cpu._backward_state_tiles import rows_to_strips
+from nbdelta.cpu._backward_states import forward_block
 from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
     CHECKPOINTS,
@@ -70,7 +72,17 @@ from nbdelta.cpu._call import (
 from nbdelta.cpu._chunk_scratch import layout, layout_of
 from nbdelta.cpu._descriptor import claim, read_int64
 from nbdelta.cpu._jit import kernel, njit
-from nbdelta.cpu._memory import load, load_columns, put, real_of, store_columns, zero_rows
+from nbdelta.cpu._kept_rows import kept_rows
+from nbdelta.cpu._kept_rows import room_for_rows as room_for_rows
+from nbdelta.cpu._memory import (
+    is_plain,
+    load,
+    load_columns,
+    put,
+    real_of,
+    store_columns,
+    zero_rows,
+)
 from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._vector_unit import W
@@ -80,6 +92,9 @@ from nbdelta.cpu._vector_unit import W
 def _load_state(REAL, desc, x, n, hv, target, step):
     """Bring a state into strips `step` bytes apart, zeros if there is none."""
     row = W * itemsize(REAL)
+    if x[0] and is_plain(REAL, x[1], x[5], desc[V]) and desc[K] % W == 0:
+        rows_to_strips(REAL, at(x, n, hv, 0), x[4], desc[K], desc[V], target, step)
+        return
     for s in range(padded(REAL, desc[V]) // W):
         if x[0]:
             source, width = at(x, n, hv, 0) + s * W * x[5], min(W, desc[V] - s * W)
@@ -105,7 +120,7 @@ def _backward_kernel(REAL, PER_CHANNEL):
     backward, finish = backward_block(PER_CHANNEL), finish_block(PER_CHANNEL)
 
     @njit()
-    def chunk_of_tokens(REAL, desc, w, b, seq, hk, bos, start, end):
+    def chunk_of_tokens(REAL, desc, w, b, seq, hk, bos, start, end, several):
         """Gradients of the tokens of a chunk."""
         size, KP, VP, r = (
             itemsize(REAL), padded(REAL, desc[K]), padded(REAL, desc[V]), desc[HV] // desc[H],
@@ -116,7 +131,8 @@ def _backward_kernel(REAL, PER_CHANNEL):
         for i in range(blocks):
             t, m = start + i * W, layout_of(w.blocks + i * w.block_step, size, KP, VP, 0, False)
             dq, dk = w.dq + i * tokens, w.dk + i * tokens
-            prepare(REAL, desc, m, b, t, min(W, end - t), hk, dq, dk)
+            pairs = w.pairs + i * 2 * W * row
+            prepare(REAL, desc, m, b, t, min(W, end - t), hk, dq, dk, pairs)
         for j in range(r):
             hv = value_head(desc, hk, j)
             dstate, drate = w.dstates + j * w.dstate_step, w.drate + j * w.drate_step
@@ -128,19 +144,22 @@ def _backward_kernel(REAL, PER_CHANNEL):
                 _load_state(REAL, desc, states, kept, hv, w.states, w.strip_step)
             for i in range(blocks):
                 t, m = start + i * W, layout_of(w.blocks + i * w.block_step, size, KP, VP, 0, False)
-                state, beta = w.states + i * w.state_step, w.beta + i * row
-                n = min(W, end - t)
-                forward(REAL, desc, m, w, b, t, n, hk, hv, beta, state, i + 1 < blocks)
+                state, beta = w.states + i * w.state_step, w.beta + 2 * i * row
+                n, more = min(W, end - t), i + 1 < blocks
+                # a sequence of one token may have gone another way
+                kept = kept_rows(REAL, desc, b, t, hv) if several else 0
+                forward(REAL, desc, m, w, b, t, n, hk, hv, kept, beta, beta + row, state, more)
             for i in range(blocks - 1, -1, -1):
                 t, m = start + i * W, layout_of(w.blocks + i * w.block_step, size, KP, VP, 0, False)
-                state, beta = w.states + i * w.state_step, w.beta + i * row
+                state, beta = w.states + i * w.state_step, w.beta + 2 * i * row
                 dq, dk = w.dq + i * tokens, w.dk + i * tokens
-                n = min(W, end - t)
-                backward(REAL, desc, m, w, b, t, n, hv, beta, state, dstate, dq, dk, drate)
-        for i in range(blocks):
-            t, m = start + i * W, layout_of(w.blocks + i * w.block_step, size, KP, VP, 0, False)
-            dq, dk = w.dq + i * tokens, w.dk + i * tokens
-            finish(REAL, desc, m, b, t, min(W, end - t), hk, dq, dk)
+                n, pairs = min(W, end - t), w.pairs + i * 2 * W * row
+                backward(
+                    REAL, desc, m, w, b, t, n, hk, hv, beta, beta + row, state, dstate, dq, dk,
+                    pairs, drate,
+                )  # fmt: skip
+                if j + 1 == r:
+                    finish(REAL, desc, m, w, b, t, n, hk, dq, dk, pairs)
 
     @kernel(REAL, PER_CHANNEL)
     def backward_kernel(desc, worker):
@@ -162,8 +181,9 @@ def _backward_kernel(REAL, PER_CHANNEL):
                 _load_state(REAL, desc, array_at(desc, DHT), seq, hv, dstate, KP * row)
                 zero_rows(REAL, w.drate + j * w.drate_step, 1 + KP // W)
             for i in range((eos - bos + CHUNK - 1) // CHUNK - 1, -1, -1):
-                start = bos + i * CHUNK
-                chunk_of_tokens(REAL, desc, w, b, seq, hk, bos, start, min(start + CHUNK, eos))
+                start, several = bos + i * CHUNK, eos - bos > 1
+                end = min(start + CHUNK, eos)
+                chunk_of_tokens(REAL, desc, w, b, seq, hk, bos, start, end, several)
             for j in range(r):
                 hv, dstate = value_head(desc, hk, j), w.dstates + j * w.dstate_step
                 if dh0[0]:

@@ -305,7 +305,8 @@ def chunk_gated_delta_rule_bwd(
 
     Notes
     -----
-    The states at every 64th token are kept, all others made anew. Gradients do not depend on the
+    The states at every 128th token are kept (on GPUs every 64th) and all others made anew. On the
+    CPU what every token wrote is kept as well, but for bfloat16. Gradients do not depend on the
     number of threads, and those of a sequence not on the batch it is in, to the last bit; all but
     those of `A_log` and `dt_bias`, which are sums over sequences, in their order. The backward pass
     of arXiv 2412.06464 and 2510.26692, with the solve of 2406.06484.
