@@ -15,6 +15,18 @@ from nbdelta.cpu._call import (
     at,
     real,
 )
+from nbdelta.cpu._channel_tiles import (
+    MANY,
+    SOME,
+    clear_pairs,
+    few_pair_sums,
+    finish_pairs,
+    key_panels,
+    many_pair_sums,
+    query_panels,
+    some_pair_sums,
+    suffix_rows,
+)
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._matrix_unit import (
     DOTS,
@@ -35,28 +47,18 @@ from nbdelta.cpu._simd import itemsize, lanes_of, padded, rows_of_tile, whole_ti
 from nbdelta.cpu._tiles import (
     KEY_GATE,
     LAST,
-    MANY,
     QUERY_GATE,
-    SOME,
     SUFFIX,
     apply_norms,
-    clear_pairs,
     decay_pairs,
-    few_pair_sums,
-    finish_pairs,
     gate_products,
     gram,
     inverse_norms,
-    key_panels,
-    many_pair_sums,
     multiply_row,
     pack_columns,
     pair_rows,
-    query_panels,
     round_rows,
     sigmoid_row,
-    some_pair_sums,
-    suffix_rows,
 )
 from nbdelta.cpu._vector_unit import W
 from nbdelta.cpu.gate import (

@@ -3,6 +3,7 @@
 from functools import cache
 
 from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
+from nbdelta.cpu._channel_tiles import suffix_rows
 from nbdelta.cpu._chunk_scratch import strip_rows_of
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._kept_rows import keep_rows, kept_rows
@@ -18,17 +19,8 @@ from nbdelta.cpu._matrix_unit import (
 )
 from nbdelta.cpu._memory import copy_rows, is_plain, load_tokens, store_tokens
 from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
-from nbdelta.cpu._tiles import (
-    KEY_GATE,
-    QUERY_GATE,
-    SUFFIX,
-    few_rows,
-    output,
-    pair_rows,
-    solve,
-    suffix_rows,
-    update,
-)
+from nbdelta.cpu._strip_tiles import few_rows, output, solve, update
+from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, pair_rows
 from nbdelta.cpu._vector_unit import W
 
 

@@ -77,9 +77,7 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
-from nbdelta.cpu._tiles import (
-    pair_rows,
-)
+from nbdelta.cpu._tiles import pair_rows
 from nbdelta.cpu._vector_unit import W
 
 
