@@ -27,7 +27,7 @@ class Scratch(NamedTuple):
     p: int
     kk: int  # products k.k and q.k of the block
     qk: int
-    k: int  # staged rows of the arrays that do not serve where they lie
+    k: int  # staged rows; those of g and o only where the caller's do not serve
     q: int
     g: int
     v: int

@@ -50,6 +50,16 @@ def _columns(x, b, t, h, s):
     return at(x, b, t, h) + s * W * x[5]
 
 
+@njit()
+def _ahead(v, o, k, q, g, b, t, hk, hv, s):
+    """What the next block needs of the caller's arrays: a line of each of its tokens."""
+    t += W
+    return (
+        _columns(v, b, t, hv, s), _columns(o, b, t, hv, s), _columns(k, b, t, hk, s),
+        _columns(q, b, t, hk, s), _columns(g, b, t, hv, s),
+    )  # fmt: skip
+
+
 @cache
 def _by_panels(PER_CHANNEL, unit):
     first_product, second_product = solve(PER_CHANNEL, unit), output(unit)
@@ -88,12 +98,7 @@ def _by_panels(PER_CHANNEL, unit):
             new_u = u if PER_CHANNEL else u + W * row
             if PAIRS:
                 states = words
-            # what the next block needs of the caller's arrays
-            v_next, o_next, k_next, q_next, g_next = (
-                _columns(v, b, t + W, hv, s), _columns(o, b, t + W, hv, s),
-                _columns(k, b, t + W, hk, s), _columns(q, b, t + W, hk, s),
-                _columns(g, b, t + W, hv, s),
-            )  # fmt: skip
+            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, t, hk, hv, s)
             for j in range(0, whole, MR):
                 first_product(
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
@@ -211,11 +216,7 @@ def _by_squares(PER_CHANNEL):
         for s in range(last - first):
             u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
             i, u_words = first + s, u + 2 * W * row
-            v_next, o_next, k_next, q_next, g_next = (
-                _columns(v, b, t + W, hv, i), _columns(o, b, t + W, hv, i),
-                _columns(k, b, t + W, hk, i), _columns(q, b, t + W, hk, i),
-                _columns(g, b, t + W, hv, i),
-            )  # fmt: skip
+            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, t, hk, hv, i)
             for j in range(0, W, MR):
                 first_product(
                     REAL, reads, m.a, 0, u, KP, j, key_gate, m.v + i * row, v_step, m.beta,
