@@ -4,6 +4,7 @@
 # first, so that whoever has one of them can still ask for a logger
 import logging  # noqa: F401
 import os
+import threading
 from typing import Protocol
 
 
@@ -17,6 +18,20 @@ class Lock(Protocol):
         """Give it back."""
 
 
+# first those that are held while others are asked for
+_locks: list[Lock] = []
+
+
+class _Held(threading.local):
+    """What a thread that forks has taken; there may be several of them."""
+
+    def __init__(self) -> None:
+        self.locks: list[Lock] = []
+
+
+_held = _Held()
+
+
 def wait_for(lock: Lock) -> None:
     """Let forks wait until nobody else has a lock.
 
@@ -26,19 +41,24 @@ def wait_for(lock: Lock) -> None:
     Parameters
     ----------
     lock : Lock
-        Of whatever must not be cut in two.
+        Of whatever must not be cut in two. Not asked for by those who have a lock that was given
+        here later.
     """
-    held: list[Lock] = []
+    _locks.append(lock)
 
-    def before() -> None:
+
+def _before() -> None:
+    # whoever had one of them may have imported a module that gave one more meanwhile
+    while len(_held.locks) < len(_locks):
+        lock = _locks[len(_held.locks)]
         lock.acquire()
-        held.append(lock)
+        _held.locks.append(lock)
 
-    def after() -> None:
-        # nothing is held when this was registered in the middle of a fork, which waited for
-        # another lock, or when the wait was interrupted
-        if held:
-            held.pop().release()
 
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+def _after() -> None:
+    while _held.locks:
+        _held.locks.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)

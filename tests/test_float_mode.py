@@ -154,12 +154,15 @@ def test_a_kernel_leaves_every_bit(probe, set_mode, mode):
 
 
 def test_helpers_flush_too(probe, set_mode):
-    desc = np.zeros(MODE_OF + 2, np.int64)
-    desc[AWAITED] = 2
-    set_mode(TORCHS)
-    _team.run(probe, desc, 2, 0, 2)
-    after = read_mode()
-    set_mode(PLAIN)
-    assert after & ~RECORDED == TORCHS
-    # of the caller, and of the helper that has come to it
-    assert (desc[MODE_OF : MODE_OF + 2] == FLUSHING).all()
+    for _ in range(20):  # a busy machine may bring no helper in time
+        desc = np.zeros(MODE_OF + 2, np.int64)
+        desc[AWAITED] = 2
+        set_mode(TORCHS)
+        _team.run(probe, desc, 2, 0, 2)
+        after = read_mode()
+        set_mode(PLAIN)
+        assert after & ~RECORDED == TORCHS
+        assert desc[MODE_OF] == FLUSHING
+        if desc[MODE_OF + 1]:
+            break
+    assert desc[MODE_OF + 1] == FLUSHING

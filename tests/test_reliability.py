@@ -157,6 +157,49 @@ def test_forks_while_another_thread_makes_its_first_call(tmp_path):
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_waits_for_locks_that_are_new_meanwhile():
+    run(
+        """
+        import os, threading, time
+        from nbdelta.forks import wait_for
+        first, second, begun = threading.RLock(), threading.RLock(), threading.Event()
+        wait_for(first)
+        def work():
+            with first:
+                begun.set()
+                time.sleep(0.3)
+                wait_for(second)
+                second.acquire()
+            time.sleep(0.3)
+            second.release()
+        other = threading.Thread(target=work)
+        other.start()
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(not (first.acquire(timeout=5) and second.acquire(timeout=5)))
+        assert os.waitpid(child, 0)[1] == 0
+        other.join()
+        # several threads that fork at once
+        ends = []
+        def forks():
+            for _ in range(10):
+                child = os.fork()
+                if child == 0:
+                    os._exit(not (first.acquire(timeout=5) and second.acquire(timeout=5)))
+                ends.append(os.waitpid(child, 0)[1])
+        threads = [threading.Thread(target=forks) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ends == [0] * 40, ends
+        assert first.acquire(timeout=5) and second.acquire(timeout=5)
+        """
+    )
+
+
 def test_workers_of_a_data_loader(tmp_path):
     script = tmp_path / "loader.py"
     script.write_text(

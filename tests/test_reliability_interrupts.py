@@ -149,9 +149,10 @@ def test_ctrl_c_leaves_every_state_of_a_pool_old_or_new():
     run(
         """
         import signal, time
-        import numpy as np, nbdelta
+        import numba, numpy as np, nbdelta
+        numba.set_num_threads(1)  # several batches of work on any machine
         rng = np.random.default_rng(0)
-        N, T, H = 64, 400, 8
+        N, T, H = 64, 1000, 8
         x = (rng.standard_normal((N, T, H, 64)) * 0.1).astype(np.float32)
         g = np.full((N, T, H), -0.01, np.float32)
         old = rng.standard_normal((N + 3, H, 64, 64)).astype(np.float32)
