@@ -12,7 +12,7 @@ import numpy as np
 
 LINE = 64
 LARGE = 256 << 10
-KEPT_AT_MOST = 128 << 20
+KEPT_AT_MOST = 256 << 20
 
 # what nobody holds, by its size and address. Arrays may die in any thread and in the midst of
 # this code: single operations on a dictionary, no lock
