@@ -33,7 +33,7 @@ from nbdelta.cpu._backward_tiles import (
     transpose_into,
 )
 from nbdelta.cpu._call import EPS, KEY, SCALE, K, Q, V, array_at, at, real
-from nbdelta.cpu._chunk_panels import norms, token_rows
+from nbdelta.cpu._chunk_panels import stage_rows, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
     copy_rows,
@@ -65,14 +65,13 @@ def prepare_block(PER_CHANNEL):
     def prepare_block(REAL, desc, m, b, t, n, hk, dq, dk, pairs):
         """What the value heads of a key head share."""
         q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
-        k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
-        q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-        norms(REAL, desc, k_rows, k_step, KP, m.k_norm, m.k)
-        norms(REAL, desc, q_rows, q_step, KP, m.q_norm, m.q)
+        step = KP * itemsize(REAL)
+        stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
+        stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
         _fetch_tokens(REAL, k, b, t + W, hk, desc[K])
         _fetch_tokens(REAL, q, b, t + W, hk, desc[K])
         if not PER_CHANNEL:
-            key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step)
+            key_head(REAL, desc, m, m.k, step, m.q, step)
         zero_rows(REAL, dq, KP)
         zero_rows(REAL, dk, KP)
         zero_rows(REAL, pairs, 2 * W)

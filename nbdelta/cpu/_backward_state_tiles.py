@@ -9,23 +9,6 @@ from nbdelta.cpu._vector_unit import W
 
 
 @tile
-def rows_to_strips(e, source, step, n, width, target, strip_step):
-    """N rows of `width` numbers, a multiple of 16, to strips, in the order of memory."""
-
-    def row(_, carried):
-        source, target = carried
-
-        def piece(offset, place):
-            e.store(e.load(source + offset), place[0])
-            return [place[0] + strip_step]
-
-        e.loop(width * e.size, [target], piece, e.row)
-        return [source + step, target + e.row]
-
-    e.loop(n, [source, target], row)
-
-
-@tile
 def fetch_rows(e, address, step):
     """Bring 16 lines into the cache, so that misses run beside arithmetic."""
     for t in range(W):

@@ -46,7 +46,6 @@ from nbdelta.cpu._backward_gates import (
     store_sums,
 )
 from nbdelta.cpu._backward_scratch import CHUNK, work_layout, work_layout_of
-from nbdelta.cpu._backward_state_tiles import rows_to_strips
 from nbdelta.cpu._backward_states import forward_block
 from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
@@ -75,6 +74,7 @@ from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._kept_rows import kept_rows
 from nbdelta.cpu._kept_rows import room_for_rows as room_for_rows
 from nbdelta.cpu._memory import (
+    copy_strips,
     is_plain,
     load,
     load_columns,
@@ -93,7 +93,8 @@ def _load_state(REAL, desc, x, n, hv, target, step):
     """Bring a state into strips `step` bytes apart, zeros if there is none."""
     row = W * itemsize(REAL)
     if x[0] and is_plain(REAL, x[1], x[5], desc[V]) and desc[K] % W == 0:
-        rows_to_strips(REAL, at(x, n, hv, 0), x[4], desc[K], desc[V], target, step)
+        source = at(x, n, hv, 0)
+        copy_strips(REAL, source, x[4], row, target, row, step, desc[K], desc[V] // W)
         return
     for s in range(padded(REAL, desc[V]) // W):
         if x[0]:
