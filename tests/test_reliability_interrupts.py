@@ -61,7 +61,8 @@ def loss(T, H):
     x = torch.full((1, 1, 1, 128), 0.05, requires_grad=True)
     y = x.expand(1, T, H, 128)
     return nbdelta.chunk_gated_delta_rule(y, y, y, -y[..., 0], None)[0].sum(), x
-long, _ = loss(4_000, 128)
+# (the first batch writes to every page of the gradients, which the system clears then)
+long, _ = loss(2_000, 128)
 def begin():
     try:
         long.backward()
@@ -196,12 +197,21 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    process = start(first + DECODE, cache=tmp_path)
-    assert process.stdout.readline() == "begun\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == "interrupted\nworks\n"
-    assert run(DECODE, cache=tmp_path) == "works\n"
+    for i in range(5):
+        cache = tmp_path / str(i)
+        process = start(first + DECODE, cache=cache)
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, errors = finish(process)
+        if out == "interrupted\nworks\n":
+            break
+        # one that comes in the midst of a finalizer is lost, as Python then says
+        assert out == "works\nworks\n"
+        assert "Exception ignored" in errors and "KeyboardInterrupt" in errors
+    else:
+        pytest.fail("no interrupt was noticed")
+    assert run(DECODE, cache=cache) == "works\n"
 
 
 def test_no_more_threads_to_be_had():
