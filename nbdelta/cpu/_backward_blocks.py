@@ -65,13 +65,12 @@ def prepare_block(PER_CHANNEL):
     def prepare_block(REAL, desc, m, b, t, n, hk, dq, dk, pairs):
         """What the value heads of a key head share."""
         q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
-        step = KP * itemsize(REAL)
         stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
         stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
         _fetch_tokens(REAL, k, b, t + W, hk, desc[K])
         _fetch_tokens(REAL, q, b, t + W, hk, desc[K])
         if not PER_CHANNEL:
-            key_head(REAL, desc, m, m.k, step, m.q, step)
+            key_head(REAL, desc, m)
         zero_rows(REAL, dq, KP)
         zero_rows(REAL, dk, KP)
         zero_rows(REAL, pairs, 2 * W)

@@ -10,7 +10,7 @@ from nbdelta.cpu._backward_state_tiles import (
     solve_errors,
     spread_rows,
 )
-from nbdelta.cpu._call import KEY, VALUE, K, Q, V, array_at
+from nbdelta.cpu._call import VALUE, K, V, array_at
 from nbdelta.cpu._chunk_panels import load_beta, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
@@ -51,7 +51,7 @@ def forward_block(PER_CHANNEL):
     head_gates, channel_gates = panels.head_gates(False), panels.channel_gates(False)
 
     @njit()
-    def forward_block(REAL, desc, m, w, b, t, n, hk, hv, kept, beta, per_beta, state, has_next):
+    def forward_block(REAL, desc, m, w, b, t, n, hv, kept, beta, per_beta, state, has_next):
         """Gates, triangles, E and U of a value head, and the state at the start of the next block.
 
         The forward kernel's panels are made without beta, which gives -M in place of -A. `kept` are
@@ -67,10 +67,7 @@ def forward_block(PER_CHANNEL):
             kept = 0
         fill_row(REAL, REAL(1), m.beta)
         if PER_CHANNEL:
-            q, k = array_at(desc, Q), array_at(desc, KEY)
-            k_rows, k_step = token_rows(REAL, k, b, t, n, hk, desc[K], m.k)
-            q_rows, q_step = token_rows(REAL, q, b, t, n, hk, desc[K], m.q)
-            channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step)
+            channel_gates(REAL, desc, m, b, t, n, hv)
             if n < W:
                 _clear_pairs(REAL, n, m.a)
                 _clear_pairs(REAL, n, m.p)

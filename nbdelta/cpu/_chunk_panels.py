@@ -116,19 +116,13 @@ def _load_token_gates(REAL, desc, b, t, n, hv, m):
 
 
 @njit()
-def norms(REAL, desc, x, step, KP, out, copies):
-    """Factors that normalise 16 rows, or ones; and the rows copied one behind the other."""
-    eps = real(desc, EPS)
-    inverse_norms(REAL, x, step, KP, REAL(abs(eps)), out, copies, KP * itemsize(REAL))
-    if eps < 0:
-        fill_row(REAL, REAL(1), out)
-
-
-@njit()
 def stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm):
-    """Bring 16 rows of k or q one behind the other, with the factors that normalise them."""
+    """Bring 16 rows of k or q one behind the other, and the factors that normalise them, or 1."""
     rows, step = token_rows(REAL, x, b, t, n, h, desc[K], staged)
-    norms(REAL, desc, rows, step, KP, norm, staged)
+    eps = real(desc, EPS)
+    inverse_norms(REAL, rows, step, KP, REAL(abs(eps)), norm, staged, KP * itemsize(REAL))
+    if eps < 0:
+        fill_row(REAL, REAL(1), norm)
 
 
 @njit()
@@ -184,7 +178,7 @@ def channel_gates(unit):
     suffix_tile, PAIRS, SQUARED = suffix_rows(False), unit == DOTS, unit == SQUARES
 
     @njit()
-    def channel_gates(REAL, desc, m, b, t, n, hv, k_rows, k_step, q_rows, q_step):
+    def channel_gates(REAL, desc, m, b, t, n, hv):
         """Panels of a value head with one gate per token and channel."""
         size, KP, g = itemsize(REAL), padded(REAL, desc[K]), array_at(desc, G)
         row, step = W * size, KP * size
@@ -207,11 +201,11 @@ def channel_gates(unit):
         for c in range(0, KP, W):
             i, out = c * size, c * out_size
             key_tile(
-                REAL, k_rows + i, k_step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
+                REAL, m.k + i, step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
                 keys + out, out_step, m.decay + i,
             )  # fmt: skip
             query_tile(
-                REAL, q_rows + i, q_step, m.q_norm, m.z + i, step, m.y + i, queries + out, out_step
+                REAL, m.q + i, step, m.q_norm, m.z + i, step, m.y + i, queries + out, out_step
             )
             if not SQUARED:  # theirs are made in `_keep_update`
                 suffix_tile(REAL, m.x + i, m.z + i, step, m.updates + c * row)
@@ -230,15 +224,14 @@ def key_head(unit):
 
 
 @njit()
-def _key_head_of_squares(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+def _key_head_of_squares(REAL, desc, m):
     KP = padded(REAL, desc[K])
-    # rows of bfloat16 are never used where they lie: they are staged one behind the other
-    round_rows(REAL, k_rows, KP, m.key_words)
-    round_rows(REAL, q_rows, KP, m.query_words)
+    round_rows(REAL, m.k, KP, m.key_words)
+    round_rows(REAL, m.q, KP, m.query_words)
     fill_row(REAL, REAL(1), m.ones)
     for c in range(0, KP, W):
         i, tile = c * itemsize(REAL), c * W * itemsize(REAL)
-        pack_columns(REAL, k_rows + i, k_step, m.ones, m.keys + tile)
+        pack_columns(REAL, m.k + i, KP * itemsize(REAL), m.ones, m.keys + tile)
     pair_rows(REAL, m.keys, KP, m.column_words)
     multiply_two(REAL, m.key_words, m.query_words, 2 * KP, m.column_words, KP, m.kk, m.qk)
     transpose_tile(REAL, m.qk, W * itemsize(REAL))
@@ -250,7 +243,7 @@ def _key_head_of_panels(PAIRS):
     product = gram(PAIRS)
 
     @njit()
-    def key_head(REAL, desc, m, k_rows, k_step, q_rows, q_step):
+    def key_head(REAL, desc, m):
         size, KP = itemsize(REAL), padded(REAL, desc[K])
         k_norm, q_norm, keys, queries = m.k_norm, m.q_norm, m.keys, m.queries
         if PAIRS:
@@ -260,8 +253,8 @@ def _key_head_of_panels(PAIRS):
             fill_row(REAL, REAL(1), m.ones)
         for c in range(0, KP, W):
             i, tile = c * size, c * W * size
-            pack_columns(REAL, k_rows + i, k_step, k_norm, m.keys + tile)
-            pack_columns(REAL, q_rows + i, q_step, q_norm, m.queries + tile)
+            pack_columns(REAL, m.k + i, KP * size, k_norm, m.keys + tile)
+            pack_columns(REAL, m.q + i, KP * size, q_norm, m.queries + tile)
         if PAIRS:
             pair_rows(REAL, m.keys, KP, keys)
             pair_rows(REAL, m.queries, KP, queries)

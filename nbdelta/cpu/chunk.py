@@ -152,7 +152,7 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
         row, strip_rows = W * itemsize(REAL), strip_rows_of(KP, unit)
         head_rows = per_part * strip_rows + waiting_rows_of(KP, unit)
         m = layout_of(states, itemsize(REAL), KP, VP, r * head_rows, unit)
-        strip, head, step = strip_rows * row, head_rows * row, KP * itemsize(REAL)
+        strip, head = strip_rows * row, head_rows * row
         if SQUARED:
             begin_tiles(REAL, m.products)
         while True:
@@ -174,12 +174,12 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
                 stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
                 stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
                 if not PER_CHANNEL:
-                    key_head(REAL, desc, m, m.k, step, m.q, step)
+                    key_head(REAL, desc, m)
                 for j in range(r):
                     hv = value_head(desc, hk, j)
                     load_beta(REAL, desc, b, t, n, hv, m.beta)
                     if PER_CHANNEL:
-                        channel_gates(REAL, desc, m, b, t, n, hv, m.k, step, m.q, step)
+                        channel_gates(REAL, desc, m, b, t, n, hv)
                     else:
                         head_gates(REAL, desc, m, b, t, n, hv)
                     own = states + j * head

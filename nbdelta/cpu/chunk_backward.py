@@ -149,7 +149,7 @@ def _backward_kernel(REAL, PER_CHANNEL):
                 n, more = min(W, end - t), i + 1 < blocks
                 # a sequence of one token may have gone another way
                 kept = kept_rows(REAL, desc, b, t, hv) if several else 0
-                forward(REAL, desc, m, w, b, t, n, hk, hv, kept, beta, beta + row, state, more)
+                forward(REAL, desc, m, w, b, t, n, hv, kept, beta, beta + row, state, more)
             for i in range(blocks - 1, -1, -1):
                 t, m = start + i * W, layout_of(w.blocks + i * w.block_step, size, KP, VP, 0, False)
                 state, beta = w.states + i * w.state_step, w.beta + 2 * i * row
