@@ -23,7 +23,7 @@ from nbdelta.structure import Arrays, Options
 STAGES = {
     "states in and out": ("load_states", "_store_states", "_load_state", "_store_state"),
     "rows, norms, packing": (
-        *("token_rows", "norms", "pack_columns", "pair_rows", "round_rows"),
+        *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows"),
         *("_output_rows", "_store_output", "_load_vector", "dot_row", "load_row", "store_row"),
     ),
     "gates and their products": (
