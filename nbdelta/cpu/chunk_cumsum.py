@@ -9,7 +9,6 @@ the layout does not change a bit.
 
 import math
 from functools import cache, lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from nbdelta.cpu._call import (
     put_float,
     real,
 )
+from nbdelta.cpu._cumsum_blocks import ROW, cut
 from nbdelta.cpu._cumsum_tiles import (
     add_row,
     add_square,
@@ -60,8 +60,6 @@ from nbdelta.cpu._vector_unit import W
 # backwards, and whether the result is large
 BLOCKS, WIDTH, PER_BLOCK, UNITS, PER_ITEM, PIECE, ALONG, DENSE, STREAMING, REVERSE = range(88, 98)
 
-# most lanes that are added up side by side: their totals and a staged row stay in the first cache
-ROW = 2048
 # bytes of a result that does not pass through the caches, unless it is written in shorter runs
 LARGE, LONG_RUN = 1 << 23, 1 << 11
 # bytes below which the work is not shared, and numbers below which no thread is woken for it
@@ -69,24 +67,6 @@ SERIAL_BYTES, BRIEF = 1 << 18, 1 << 20
 # numbers of an item of work at the most, but for one unit; what one of them costs at the worst, in
 # flops of a matrix product
 NUMBERS, FLOPS = 1 << 18, 240
-
-
-def chunk_bounds(length, chunk_size, cu_seqlens=None):
-    """First and end token of every chunk, ``[NT, 2]``; chunks start anew with each sequence."""
-    ends = np.array([0, length]) if cu_seqlens is None else cu_seqlens
-    starts = [np.arange(bos, eos, chunk_size) for bos, eos in pairwise(ends)]
-    stops = [np.minimum(first + chunk_size, eos) for first, eos in zip(starts, ends[1:])]
-    empty = np.zeros(0, np.int64)
-    bounds = np.stack([np.concatenate([empty, *starts]), np.concatenate([empty, *stops])], axis=1)
-    return np.ascontiguousarray(bounds, np.int64)
-
-
-def offsets(shape, strides):
-    """Byte offset of every index, in C order."""
-    result = np.zeros(1, np.int64)
-    for size, stride in zip(shape, strides):
-        result = (result[:, None] + np.arange(size) * stride).ravel()
-    return result
 
 
 @njit()
@@ -272,75 +252,6 @@ def _cumsum_kernel(REAL):
     return cumsum_kernel
 
 
-class _Axis(NamedTuple):
-    """Size and byte strides, in x and in the result."""
-
-    size: int
-    x: int
-    out: int
-
-    @property
-    def distance(self):
-        return abs(self.x) + abs(self.out)
-
-
-def _merge(axes):
-    """Make one axis of two wherever one goes on where the other ends; from far to near."""
-    merged = []
-    for axis in sorted(axes, key=lambda a: -a.distance):
-        if axis.size == 1:
-            continue
-        if merged and merged[-1][1:] == (axis.size * axis.x, axis.size * axis.out):
-            axis = axis._replace(size=merged.pop().size * axis.size)
-        merged.append(axis)
-    return merged
-
-
-def _table(places, length, axes, lanes):
-    """Table of the blocks over all `axes`, from places along the axis of the sums."""
-    table = np.empty((len(places), 4), np.int64)
-    table[:, :2], table[:, 2], table[:, 3] = places, length, lanes
-    for axis in axes:
-        steps = np.arange(axis.size)[:, None] * (axis.x, axis.out, 0, 0)
-        table = (table[:, None] + steps).reshape(-1, 4)
-    return table
-
-
-def _cut(shape, strides, out_strides, chunk_size, axis, cu_seqlens):
-    """Cut arrays into blocks: their table; axes of the sums, the lanes, and pieces of lanes."""
-    axes = [_Axis(*a) for a in zip(shape, strides, out_strides)]
-    step = axes.pop(axis)
-    if cu_seqlens is None:
-        whole, rest = divmod(step.size, chunk_size)
-        # the chunks are one more axis, and a shorter one at the end is apart
-        chunks = _merge([*axes, _Axis(whole, chunk_size * step.x, chunk_size * step.out)])
-        parts = [(chunks, [0], chunk_size)] if whole else []
-        if rest:
-            parts.append((_merge(axes), [whole * chunk_size], rest))
-    else:
-        bounds = chunk_bounds(step.size, chunk_size, cu_seqlens)
-        parts = [(_merge(axes), bounds[:, 0], bounds[:, 1] - bounds[:, 0])]
-
-    one = _Axis(1, 0, 0)
-    common = parts[0][0]
-    lane, piece = min(common, key=lambda a: a.distance, default=one), one
-    if step.distance <= lane.distance:
-        # 16 lanes are transposed: better whole tiles of them than near ones
-        lane = max(common, key=lambda a: (min(a.size, W), -a.distance), default=one)
-    elif lane.size % W == 0 and lane.size < ROW:
-        # lanes of x in pieces with gaps between them, such as a slice of the head dimension
-        for a in set(common) & set(parts[-1][0]):
-            if a.out == lane.size * lane.out and a.distance < step.distance:
-                piece = a
-    tables = []
-    for axes, first, steps in parts:
-        places = np.array(first)[:, None] * (step.x, step.out)
-        others = [a for a in axes if a not in (lane, piece)]
-        lanes = (lane.size if lane in axes else 1) * piece.size
-        tables.append(_table(places, steps, others, lanes))
-    return np.concatenate(tables), step, lane, piece
-
-
 class _Plan(NamedTuple):
     """A call but for its addresses, direction and scale."""
 
@@ -351,7 +262,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(shape, strides, out_strides, dtypes, chunk_size, axis, cu_seqlens, threads):
-    blocks, step, lane, piece = _cut(shape, strides, out_strides, chunk_size, axis, cu_seqlens)
+    blocks, step, lane, piece = cut(shape, strides, out_strides, chunk_size, axis, cu_seqlens)
     lanes, along = lane.size * piece.size, step.distance <= lane.distance
     size = math.prod(shape) * ITEMSIZE[dtypes[1]]
     threads = threads if size >= SERIAL_BYTES else 1

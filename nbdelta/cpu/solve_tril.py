@@ -23,6 +23,7 @@ from nbdelta.cpu._call import (
     V,
     array_at,
 )
+from nbdelta.cpu._cumsum_blocks import chunk_bounds, offsets
 from nbdelta.cpu._descriptor import claim, read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
@@ -41,7 +42,6 @@ from nbdelta.cpu._solve_tiles import invert, solve
 from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._tiles import pack_columns
 from nbdelta.cpu._vector_unit import W, tile_rows
-from nbdelta.cpu.chunk_cumsum import chunk_bounds, offsets
 
 # descriptor fields of this kernel: table of (address of L, of b or 0, of x, rows) for every matrix
 MATRICES, UNIT_DIAGONAL = 88, 89
