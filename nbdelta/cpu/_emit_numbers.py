@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from nbdelta.cpu._llvm import F64, I32, I64, Value, constant, mask_of, shape_of
-from nbdelta.cpu._vector_unit import BITS
+from nbdelta.cpu._vector_unit import BITS, SCALES
 
 _LN2 = Fraction("0.693147180559945309417232121458176568")
 
@@ -102,7 +102,7 @@ class Numbers:
         p = self.like(x, 1 / math.factorial(degree))
         for i in reversed(range(degree)):
             p = self.fma(p, r, self.like(x, 1 / math.factorial(i)))
-        if BITS == 512 and x.ir.type.count == self.lanes:
+        if SCALES and BITS == 512 and x.ir.type.count == self.lanes:
             return self._scale(p, n)
         whole = I64 if double else I32
         lanes = x.ir.type.count

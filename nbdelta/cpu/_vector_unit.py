@@ -21,6 +21,8 @@ def features():
 _ARM = binding.get_default_triple().startswith(("aarch64", "arm64"))
 # without instructions for it LLVM would call a library function that a process may not have
 CONVERTS_HALF = _ARM or "+f16c" in features()
+# x 2^n in one instruction, on whole registers of AVX-512
+SCALES = "+avx512f" in features()
 
 
 def vector_unit():
