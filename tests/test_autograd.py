@@ -367,6 +367,15 @@ def test_autocast(T):
         assert nbdelta.gated_delta_rule(**wide)[0].dtype == torch.float64
 
 
+def test_boundaries_are_the_host_s_whatever_the_default_device():
+    call = {n: x[:1] if torch.is_tensor(x) else x for n, x in call_of().items()}
+    T = call["q"].shape[1]
+    call |= {"initial_state": None, "cu_seqlens": [0, 3, T]}
+    o, _ = nbdelta.gated_delta_rule(**call)
+    with torch.device("meta"):
+        assert torch.equal(nbdelta.gated_delta_rule(**call)[0], o)
+
+
 # ---- what is refused ----
 
 

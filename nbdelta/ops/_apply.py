@@ -27,7 +27,8 @@ def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
         if torch.autograd.forward_ad._current_level >= 0:
             for name, x in zip(Arrays._fields, arrays):
                 expect_no_tangent(x, name)
-        if torch.is_autocast_enabled("cpu" if arrays[0].is_cpu else arrays[0].device.type):
+        kind = "cpu" if arrays[0].is_cpu else arrays[0].device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             from nbdelta.torch import autocast
 
             arrays = autocast(arrays)
