@@ -24,6 +24,7 @@ def main(argv=None):
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    _expect_none_ignored(parser, options)
     try:
         with _threads(parser, getattr(options, "threads", None)):
             return options.run(options)
@@ -113,6 +114,14 @@ def _at_least_two(text):
             f"two layers are the least, one of linear and one of full attention, got {number}"
         )
     return number
+
+
+def _expect_none_ignored(parser, options):
+    """Refuse what ``bench --quick`` would ignore."""
+    if getattr(options, "quick", False):
+        for name, default in (("device", "cpu"), ("json", None), ("plot", None)):
+            if getattr(options, name) != default:
+                parser.error(f"--quick: prints a table of the CPU's, got --{name} as well")
 
 
 @contextmanager

@@ -31,7 +31,9 @@ def table(title, *columns):
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
         right = column.startswith(">")
-        made.add_column(column.lstrip(">"), justify="right" if right else "left")
+        # folded, not cut: a path that lacks its end is of no use
+        justify = "right" if right else "left"
+        made.add_column(column.lstrip(">"), justify=justify, overflow="fold")
     return made
 
 

@@ -148,7 +148,8 @@ def _rule(form):
         final = states.copy()
         slots = None
         if state_indices is not None:
-            slots = np.asarray(state_indices).reshape(len(sequences), -1)
+            slots = np.asarray(state_indices)
+            slots = slots[:, None] if slots.ndim == 1 else slots
 
         o = np.zeros(v.shape)
         checkpoints = []

@@ -199,7 +199,11 @@ def _torch_reader(Tensor: Any, *look: Any) -> Reader:
             return OTHER
         if (x.dtype, x.shape, x.stride(), x.layout, x.device) != look:
             return OTHER
-        return x.data_ptr()  # type: ignore[no-any-return]
+        # tensors under a transform of torch.func have no memory: their address is 0, or an error
+        try:
+            return x.data_ptr() or OTHER
+        except RuntimeError:
+            return OTHER
 
     return read
 
@@ -219,9 +223,8 @@ def _maker(x: Any) -> Callable[[], tuple[Any, int]]:
         empty, address_of = np.empty, numpy_address
     else:
         torch = sys.modules["torch"]
-        empty, address_of = torch.empty, torch.Tensor.data_ptr
-        if not x.is_cpu:
-            empty = partial(empty, device=x.device)
+        # the device is named on the CPU too: the default one may be another
+        empty, address_of = partial(torch.empty, device=x.device), torch.Tensor.data_ptr
 
     def make() -> tuple[Any, int]:
         made = empty(shape, dtype=dtype)

@@ -83,7 +83,7 @@ def rule(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Ten
         raise ValueError("q: torch.func (vmap, grad, jvp, ...) is not supported; use autograd")
     cu_seqlens = a.cu_seqlens
     if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.as_tensor(cu_seqlens)
+        cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")  # not the default device
     tensors = (*a[: _N_ARRAYS - 1], cu_seqlens)
     for name, x in zip(Arrays._fields, tensors):
         if x is not None and not isinstance(x, Tensor):

@@ -367,6 +367,51 @@ def test_autocast(T):
         assert nbdelta.gated_delta_rule(**wide)[0].dtype == torch.float64
 
 
+def traced_by_jit(function, q):
+    return torch.jit.trace(function, q, check_trace=False)
+
+
+def traced_by_make_fx(function, q):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function)(q)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [traced_by_jit, traced_by_make_fx])
+def test_other_tracers_see_the_operator(trace):
+    """What they do not see they take for a constant, without a word."""
+    call = {n: x.detach() if torch.is_tensor(x) else x for n, x in call_of().items()}
+    q = call.pop("q")
+
+    def of_q(q):
+        return nbdelta.gated_delta_rule(q, **call)[0]
+
+    of_q(q)
+    traced = trace(of_q, q)
+    assert torch.equal(traced(2 * q), of_q(2 * q))
+
+
+def test_fake_tensors_give_fake_results():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call = {n: x.detach() if torch.is_tensor(x) else x for n, x in call_of().items()}
+    o, state = nbdelta.gated_delta_rule(**call)
+    with FakeTensorMode() as mode:
+        call = {n: mode.from_tensor(x) if torch.is_tensor(x) else x for n, x in call.items()}
+        fake, fake_state = nbdelta.gated_delta_rule(**call)
+    assert (fake.shape, fake.dtype, fake_state.shape) == (o.shape, o.dtype, state.shape)
+
+
+def test_boundaries_are_the_host_s_whatever_the_default_device():
+    call = {n: x[:1] if torch.is_tensor(x) else x for n, x in call_of().items()}
+    T = call["q"].shape[1]
+    call |= {"initial_state": None, "cu_seqlens": [0, 3, T]}
+    o, _ = nbdelta.gated_delta_rule(**call)
+    with torch.device("meta"):
+        assert torch.equal(nbdelta.gated_delta_rule(**call)[0], o)
+
+
 # ---- what is refused ----
 
 

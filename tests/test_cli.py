@@ -71,6 +71,13 @@ def test_info_survives_what_it_cannot_find_out(monkeypatch, capsys):
     assert "unknown (OSError: no such thing)" in capsys.readouterr().out
 
 
+def test_info_shows_long_paths_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(info, "_cache", lambda: "/folder" * 30)
+    assert cli.main(["info"]) == 0
+    assert "/folder" * 30 in re.sub(r"\s", "", capsys.readouterr().out)
+
+
 def test_info_names_the_forced_cpu(monkeypatch, capsys):
     import numba
 
@@ -341,6 +348,9 @@ def test_a_missing_package_is_said(command, monkeypatch, capsys):
         ["demo", "--model", "other"],
         ["bench", "--threads", "100000"],
         ["bench", "--device", "other"],
+        ["bench", "--quick", "--device", "cuda"],
+        ["bench", "--quick", "--json", "numbers.json"],
+        ["bench", "--quick", "--plot", "plots"],
         ["explain", "--shape", "other"],
         ["explain", "--T", "0"],
         ["demo", "--threads", "0"],

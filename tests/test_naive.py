@@ -172,6 +172,18 @@ def test_speculative_decode_stores_the_state_of_every_token():
     np.testing.assert_array_equal(new[5], pool[5])
 
 
+@pytest.mark.parametrize("slots", [np.zeros(0, int), np.zeros((0, 2), int)])
+def test_a_pool_and_no_sequence(slots):
+    q = k = v = np.zeros((0, 2, 1, 1))
+    pool = np.ones((3, 1, 1, 1))
+    accepted = {"num_accepted_tokens": slots[:, 0]} if slots.ndim == 2 else {}
+    o, states = naive.fused_recurrent_gated_delta_rule(
+        q, k, v, None, None, initial_state=pool, state_indices=slots, **accepted
+    )
+    assert o.shape == v.shape
+    np.testing.assert_array_equal(states, pool)
+
+
 def test_cumsum_by_hand():
     x = np.arange(1.0, 8.0).reshape(1, 7, 1)
     forward = naive.chunk_local_cumsum(x, 3)

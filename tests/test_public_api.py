@@ -140,6 +140,21 @@ def test_import_is_light():
     assert loaded == "[]"
 
 
+def test_modules_are_imported_when_used():
+    code = (
+        "import sys, nbdelta; "
+        "print([n for n in ('naive', 'torch', 'transformers') if f'nbdelta.{n}' in sys.modules]); "
+        "print(nbdelta.naive.solve_tril.__module__, nbdelta.transformers.enable.__module__); "
+        "print(hasattr(nbdelta, 'no_such_thing'), 'torch' in sys.modules, nbdelta.torch.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        "[]",
+        "nbdelta.naive nbdelta.transformers",
+        "False False nbdelta.torch",
+    ]
+
+
 def test_only_jit_modules_call_numba():
     """Anything that compiles goes through the one place that states every option."""
     offenders = []

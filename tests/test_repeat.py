@@ -164,6 +164,40 @@ def test_torch(long_ways):
         nbdelta.fused_recurrent_gated_delta_rule(**call)
 
 
+def test_tensors_without_memory_after_right_ones():
+    torch = pytest.importorskip("torch")
+    call = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in pooled().items()}
+    q = call.pop("q")
+
+    def of_q(q):
+        return nbdelta.fused_recurrent_gated_delta_rule(q, **call)[0]
+
+    for _ in range(2):
+        of_q(q)
+    states = call["initial_state"].clone()
+    for wrong in (
+        lambda: torch.vmap(of_q)(q[None]),
+        lambda: torch.func.functionalize(of_q)(q),  # its tensors have the address 0
+        lambda: of_q(q.to("meta")),  # torch has no autocast there
+    ):
+        with pytest.raises(TypeError, match=r"^q: a tensor without memory of its own"):
+            wrong()
+    assert torch.equal(call["initial_state"], states)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_results_are_where_the_tensors_are(T):
+    """Whatever torch's default device is."""
+    torch = pytest.importorskip("torch")
+    call = make_inputs(0, 2, T, 2, 4, 20, 32, "gda", states=2)
+    call = {n: torch.from_numpy(x) for n, x in call.items()} | {"output_final_state": True}
+    wanted = nbdelta.gated_delta_rule(**call)
+    with torch.device("meta"):
+        found = nbdelta.gated_delta_rule(**call)
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_few_plans_are_kept():
     call = pooled()
     for i in range(70):

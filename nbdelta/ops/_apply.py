@@ -27,11 +27,12 @@ def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
         if torch.autograd.forward_ad._current_level >= 0:
             for name, x in zip(Arrays._fields, arrays):
                 expect_no_tangent(x, name)
-        if torch.is_autocast_enabled("cpu" if arrays[0].is_cpu else arrays[0].device.type):
+        kind = "cpu" if arrays[0].is_cpu else arrays[0].device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             from nbdelta.torch import autocast
 
             arrays = autocast(arrays)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_traced(torch):
             return _recorded(arrays, options)
     results = repeat.results_of(arrays, options)
     if results is None:
@@ -44,6 +45,16 @@ def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
         repeat.remember(arrays, options, problem)
         results = problem.results()
     return results
+
+
+def _is_traced(torch: Any) -> bool:
+    """Whether torch.jit.trace, make_fx or FakeTensorMode look at what is called."""
+    if torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    key, mode_of = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return mode_of(key.PROXY) is not None or mode_of(key.FAKE) is not None
 
 
 def _recorded(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
