@@ -255,6 +255,8 @@ def _numba_view(x: Any, name: str) -> View:
     context = getattr(x.gpu_data, "context", None)
     index = 0 if context is None else context.device.id
     address = x.device_ctypes_pointer.value or 0
+    if x.stream:
+        _wait_for(int(x.stream), f"cuda:{index}")
     return View(x, "numba", f"cuda:{index}", dtype, x.shape, x.strides, address, False)
 
 
@@ -273,7 +275,10 @@ def _cuda_view(x: Any, interface: dict[str, Any], name: str) -> View:
     known = _NUMPY_DTYPES.get(dtype) or _name_numpy_dtype(dtype, name)
     if type(x).__module__.partition(".")[0] == "cupy":
         return View(x, "cupy", f"cuda:{x.device.id}", known, shape, strides, address, readonly)
-    return View(x, "dlpack", _device_of(address), known, shape, strides, address, readonly)
+    device = _device_of(address)
+    if interface.get("stream") is not None:
+        _wait_for(interface["stream"], device)
+    return View(x, "dlpack", device, known, shape, strides, address, readonly)
 
 
 def _device_of(address: int) -> str:
@@ -286,9 +291,18 @@ def _device_of(address: int) -> str:
     return f"cuda:{device_of(address)}"
 
 
+def _wait_for(stream: int, device: str) -> None:
+    from nbdelta.dispatch import cuda_rejection_reason
+
+    if cuda_rejection_reason() is None:
+        from nbdelta.cuda._arrays import wait_for
+
+        wait_for(stream, device)
+
+
 def _cuda_dlpack_view(x: Any, name: str) -> View:
     try:
-        found = dlpack.describe(x)
+        found = dlpack.describe(x, _stream_of_others())
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: {type(x).__name__} does not export its memory ({error})"
@@ -302,6 +316,18 @@ def _cuda_dlpack_view(x: Any, name: str) -> View:
         strides = _in_bytes(found.strides, itemsize)
     device = f"cuda:{found.index}"
     return View(x, "dlpack", device, found.dtype, found.shape, strides, found.address, False)
+
+
+def _stream_of_others() -> int:
+    """Return the stream that kernels for arrays of no known library run on, in DLPack's words."""
+    from nbdelta.dispatch import cuda_rejection_reason
+
+    if cuda_rejection_reason() is not None:
+        return dlpack.LEGACY_STREAM
+    from nbdelta.cuda._jit import current_place
+
+    stream: int = current_place("dlpack", "cuda:0")[1]
+    return stream or dlpack.LEGACY_STREAM
 
 
 def _empty_on_device(like: View, shape: tuple[int, ...], dtype: str) -> View:

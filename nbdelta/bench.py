@@ -27,8 +27,9 @@ MODELS = ("qwen3-next", "kimi-linear")
 SECONDS = 2.0
 # a peer whose call took longer is left out of the longer ones
 PATIENCE = 2.0
-# bytes written before every call on a GPU: more than any cache on one
-FLUSHED = 2**28
+# bytes written before every call on a GPU: more than any cache on one holds, and so many that all
+# kernels of the call have been asked for when the clock starts
+FLUSHED = 2**31
 # of a head's results, relative, to those of nbdelta
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
 _ABOUT = ("nbdelta", "Python", "numba", "numpy", "torch", "transformers", "CPU", "vectors", "CUDA")
@@ -142,7 +143,7 @@ class Cuda:
         self.torch = out.need("torch", "bench --device cuda")
         if not self.torch.cuda.is_available():
             raise out.MissingPackage("bench --device cuda needs a GPU that torch can use")
-        self.cache = self.torch.empty(FLUSHED, dtype=self.torch.int8, device="cuda")
+        self.cache = self.torch.empty(FLUSHED // 4, dtype=self.torch.float32, device="cuda")
 
     def timer(self, call):
         """Seconds on the device, without what lies in its cache."""

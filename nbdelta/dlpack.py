@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 CUDA, CUDA_MANAGED = 2, 13
 _TYPE_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
-# the stream that the consumer will use, in DLPack's words: the legacy default stream
-_LEGACY_STREAM = 1
+# the default stream in DLPack's words
+LEGACY_STREAM = 1
 
 
 class _Tensor(ctypes.Structure):
@@ -36,20 +36,22 @@ class Described(NamedTuple):
     strides: tuple[int, ...] | None  # in elements; None: C-contiguous
 
 
-def describe(x: Any) -> Described:
+def describe(x: Any, stream: int) -> Described:
     """Return where an array with ``__dlpack__`` on a CUDA device lies.
 
     Parameters
     ----------
     x : object
         Stays the owner of its memory: the capsule is read and dropped.
+    stream : int
+        What will read it, after all that its library has under way.
 
     Returns
     -------
     Described
         The dtype is a name such as ``"float32"``, also of types that nbdelta does not take.
     """
-    capsule = x.__dlpack__(stream=_LEGACY_STREAM)
+    capsule = x.__dlpack__(stream=stream)
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     address = get_pointer(capsule, b"dltensor")

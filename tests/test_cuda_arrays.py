@@ -25,8 +25,10 @@ def cuda(device):
     return cuda
 
 
-def sent(cuda, call):
-    return {name: cuda.to_device(x) if isinstance(x, np.ndarray) else x for name, x in call.items()}
+def sent(call):
+    from nbdelta.cuda._arrays import send
+
+    return {name: send(x) if isinstance(x, np.ndarray) else x for name, x in call.items()}
 
 
 class Interface:
@@ -48,7 +50,7 @@ class Interface:
 def test_numba_arrays(cuda, dtype):
     call = make_inputs(0, *SHAPE, "gda", dtype=dtype, states=3)
     reference, _ = naive.gated_delta_rule(**call)
-    on_device = sent(cuda, call)
+    on_device = sent(call)
     seen = view(on_device["q"], "q")
     assert (seen.kind, seen.device, seen.dtype) == ("numba", "cuda:0", dtype)
     o, state = ops.fused_recurrent_gated_delta_rule(**on_device, output_final_state=True)
@@ -60,7 +62,7 @@ def test_numba_arrays(cuda, dtype):
 
 def test_unknown_libraries_get_numba_arrays(cuda):
     call = make_inputs(1, *SHAPE, "kda")
-    arrays = sent(cuda, call)
+    arrays = sent(call)
     expected, _ = ops.fused_recurrent_gated_delta_rule(**arrays)
     wrapped = {name: Interface(x, readonly=True) for name, x in arrays.items()}
     o, _ = ops.fused_recurrent_gated_delta_rule(**wrapped)
@@ -89,7 +91,7 @@ def test_index_arrays_on_the_device(cuda, integers):
     for place in (lambda x: x, cuda.to_device):
         states = cuda.to_device(pool)
         o, new = ops.fused_recurrent_gated_delta_rule(
-            **sent(cuda, call),
+            **sent(call),
             initial_state=states,
             **{name: place(x) for name, x in indices.items()},
         )
@@ -107,7 +109,7 @@ def test_index_arrays_on_the_device(cuda, integers):
 def test_wrong_slots_on_the_device_are_padded(cuda, wrong):
     call = make_inputs(3, *SHAPE, "gda", states=4)
     pool = call.pop("initial_state")
-    states, arrays = cuda.to_device(pool), sent(cuda, call)
+    states, arrays = cuda.to_device(pool), sent(call)
     slots = cuda.to_device(np.array([1, wrong, 3], np.int32))
     o, _ = ops.fused_recurrent_gated_delta_rule(**arrays, initial_state=states, state_indices=slots)
     assert not o.copy_to_host()[1].any() and o.copy_to_host()[[0, 2]].any()
@@ -120,7 +122,7 @@ def test_wrong_counts_on_the_device_are_padded(cuda, accepted):
     pool = call.pop("initial_state")
     states = cuda.to_device(pool)
     o, _ = ops.fused_recurrent_gated_delta_rule(
-        **sent(cuda, call),
+        **sent(call),
         initial_state=states,
         state_indices=np.array([[0, 1], [2, 3]]),
         num_accepted_tokens=cuda.to_device(np.array([1, accepted], np.int32)),
@@ -134,7 +136,7 @@ def test_wrong_boundaries_on_the_device_are_empty_sequences(cuda, boundaries):
     call = make_inputs(5, 1, 4, 1, 2, 16, 12, "gda")
     out = cuda.to_device(np.full((1, 4, 2, 12), 7, np.float32))
     o, state = ops.fused_recurrent_gated_delta_rule(
-        **sent(cuda, call),
+        **sent(call),
         cu_seqlens=cuda.to_device(np.array(boundaries, np.int64)),
         output_final_state=True,
         out=out,
@@ -145,7 +147,7 @@ def test_wrong_boundaries_on_the_device_are_empty_sequences(cuda, boundaries):
 
 def test_refusals(cuda):
     call = make_inputs(6, 1, 4, 1, 2, 16, 12, "gda")
-    arrays = sent(cuda, call)
+    arrays = sent(call)
     function = ops.fused_recurrent_gated_delta_rule
     with pytest.raises(ValueError, match=r"q on cuda:0, k on cpu, v on cuda:0"):
         function(**{**arrays, "k": call["k"]})
@@ -160,7 +162,7 @@ def test_refusals(cuda):
         ValueError, match=r"^all arrays must be on one device, .*cu_seqlens on cuda"
     ):
         function(**call, cu_seqlens=ends)
-    wide = sent(cuda, make_inputs(7, 1, 1, 1, 1, 257, 4, "gda"))
+    wide = sent(make_inputs(7, 1, 1, 1, 1, 257, 4, "gda"))
     with pytest.raises(ValueError, match=r"^k: on CUDA devices K is at most 256, got 257"):
         function(**wide)
     q = Interface(arrays["q"])
@@ -194,12 +196,13 @@ class Capsuled:
             offset,
         )
         self.managed = _Managed(tensor)
-        self.device = device
+        self.device, self.streams = device, []
 
     def __dlpack_device__(self):
         return self.device
 
     def __dlpack__(self, stream=None):
+        self.streams.append(stream)
         new = ctypes.pythonapi.PyCapsule_New
         new.restype = ctypes.py_object
         new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -214,6 +217,19 @@ def test_dlpack_of_device_memory():
     assert (seen.device, seen.dtype, seen.strides) == ("cuda:0", "float32", (20, 4))
     with pytest.raises(TypeError, match=r"^x: expected an array of real numbers, got dtype float8"):
         view(Capsuled((dlpack.CUDA, 0), 2, 8, (3,)), "x")
+
+
+@pytest.mark.parametrize(("per_thread", "stream"), [(0, 1), (1, 2)])
+def test_dlpack_is_told_the_stream_of_the_kernels(monkeypatch, per_thread, stream):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    from nbdelta import dispatch
+    from nbdelta.cuda import _jit
+
+    monkeypatch.setattr(dispatch, "cuda_rejection_reason", lambda: None)
+    monkeypatch.setattr(_jit.config, "CUDA_PER_THREAD_DEFAULT_STREAM", per_thread, raising=False)
+    array = Capsuled((dlpack.CUDA, 0), 2, 32, (3, 5))
+    view(array, "x")
+    assert array.streams == [stream]
 
 
 def test_bfloat16_behind_a_cuda_array_interface():

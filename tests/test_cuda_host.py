@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,15 +86,30 @@ def test_the_stream_is_the_caller_s(monkeypatch):
     assert _jit.current_place("numba", "cuda:0") == (0, 2)
 
 
-def test_no_copy_from_the_host_gets_into_a_graph(monkeypatch):
+def fake_torch():
     streams = SimpleNamespace(
         current_stream=lambda index: SimpleNamespace(cuda_stream=1),
         is_current_stream_capturing=lambda: True,
     )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=streams))
-    like = SimpleNamespace(kind="torch", device="cuda:0")
-    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured, .*must be on the"):
-        _arrays.upload(np.array([0, 12345]), like)
+    return SimpleNamespace(cuda=streams)
+
+
+def fake_cupy():
+    stream = SimpleNamespace(ptr=1, is_capturing=lambda: True)
+    return SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda index: stream))
+
+
+@pytest.mark.parametrize("library", [fake_torch, fake_cupy])
+def test_no_copy_from_the_host_gets_into_a_graph(monkeypatch, library):
+    """Not even one made before: others take its place, and the graph would read what came next."""
+    kind = library.__name__.removeprefix("fake_")
+    monkeypatch.setitem(sys.modules, kind, library())
+    like, array = SimpleNamespace(kind=kind, device="cuda:0"), np.array([0, 12345])
+    key = kind, 0, 1, array.shape, array.tobytes()
+    for uploaded in ({}, {key: "a view"}):
+        monkeypatch.setattr(_arrays, "_uploaded", OrderedDict(uploaded))
+        with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured, .*must be on the"):
+            _arrays.upload(array, like)
 
 
 def test_without_a_driver_the_error_says_so(monkeypatch):

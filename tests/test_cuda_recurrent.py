@@ -13,19 +13,20 @@ BLOCKS = B * HV * V // 32
 
 def profile_of(monkeypatch, gate, state, v_first):
     """Profile of a pooled step on states of a dtype and layout."""
-    from numba import cuda
     from ptxemu import host
+
+    from nbdelta.cuda._arrays import send
 
     emulator = host._state
     call = make_inputs(0, B, 1, 1, HV, K, V, gate, dtype="bfloat16")
-    arrays = {name: cuda.to_device(x) for name, x in call.items()}
+    arrays = {name: send(x) for name, x in call.items()}
     shape = (B, HV, V, K) if v_first else (B, HV, K, V)
     dtype = ml_dtypes.bfloat16 if state == "bfloat16" else state
     monkeypatch.setitem(emulator.options, "profile", True)
     ops.fused_recurrent_gated_delta_rule(
         **arrays,
-        initial_state=cuda.to_device(np.zeros(shape, dtype)),
-        state_indices=cuda.to_device(np.arange(B, dtype=np.int32)),
+        initial_state=send(np.zeros(shape, dtype)),
+        state_indices=send(np.arange(B, dtype=np.int32)),
         use_qk_l2norm_in_kernel=True,
         state_v_first=v_first,
     )

@@ -19,6 +19,7 @@ EMULATED = {
     "test_cuda_blocks.py": "",
     "test_cuda_chunk.py": "",
     "test_cuda_cli.py": "float32-gda or float64-blocks or bench",
+    "test_cuda_far.py": "",
     "test_cuda_host.py": "",
     "test_cuda_profile.py": "not (backward and float32)",
     "test_cuda_recurrent.py": "",

@@ -107,6 +107,8 @@ def test_kernel(name, kernel, length, shared, monkeypatch, tmp_path):
             continue  # not for this kind, whose blocks have less shared memory
         assert f".target {arch}" in ptx
         assert f".maxntid {kernel.threads}" in ptx
+        # a launch hands over the descriptor as one piece of memory
+        assert ptx.count(".param .u64") == length
         assert ".local" not in ptx
         assert "float64" in name or ".f64" not in ptx
         assert [text for text in budget.contains if text not in ptx] == []
@@ -115,6 +117,8 @@ def test_kernel(name, kernel, length, shared, monkeypatch, tmp_path):
         used = assemble(ptx, arch, tmp_path)
         assert used.spills == 0 and used.stack == 0, arch
         assert used.registers <= budget.registers, arch
+        # tiles in dynamic shared memory count on its address: nothing comes before it
+        assert not shared or not used.shared, arch
         assert used.shared + shared <= min(budget.shared, SHARED[arch][1]), arch
         if arch == "sm_90":
             blocks = occupancy(arch, kernel.threads, used.registers, used.shared + shared)

@@ -7,7 +7,7 @@ import numpy as np
 from numba import cuda
 
 from nbdelta.arrays import view
-from nbdelta.cuda._jit import SIMULATOR, place_of
+from nbdelta.cuda._jit import SIMULATOR, current_place, follow, place_of
 
 # index arrays from the host that were brought to a device, by place and contents: every layer of a
 # model asks for the same ones
@@ -43,8 +43,11 @@ def send(array, index=0):
     array = np.ascontiguousarray(array)
     if SIMULATOR:
         return cuda.to_device(array)
+    # Numba copies what has a buffer, and bfloat16 has none
+    plain = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
     with cuda.gpus[index]:
-        return cuda.to_device(array)
+        there = cuda.to_device(plain)
+    return there if plain is array else there.view(array.dtype)
 
 
 def fetch(x):
@@ -65,6 +68,29 @@ def device_of(address):
     return int(index)
 
 
+def wait_for(stream, device):
+    """Let the kernels for arrays of no known library wait for what a stream has been given so far.
+
+    Parameters
+    ----------
+    stream : int
+        Handle of the stream on which an array is written, as its CUDA array interface names it.
+    device : str
+        Where the array is.
+    """
+    if not SIMULATOR:
+        follow(stream, current_place("numba", device))
+
+
+def _is_captured(kind, index):
+    """Whether what is asked of the current stream becomes a part of a CUDA graph."""
+    if kind == "torch":
+        return sys.modules["torch"].cuda.is_current_stream_capturing()
+    if kind == "cupy":
+        return sys.modules["cupy"].cuda.get_current_stream(index).is_capturing()
+    return False
+
+
 def upload(array, like):
     """Bring a small array of integers to the device of a view, in the order of its stream.
 
@@ -82,17 +108,18 @@ def upload(array, like):
         one.
     """
     index, stream = place_of(like)
+    # nor may a graph hold the address of an array that is kept only until others take its place
+    if _is_captured(like.kind, index):
+        raise RuntimeError(
+            "while a CUDA graph is captured, cu_seqlens, state_indices and num_accepted_tokens "
+            "must be on the device: a graph cannot hold a copy from the host"
+        )
     key = like.kind, index, stream, array.shape, array.tobytes()
     if key in _uploaded:
         _uploaded.move_to_end(key)
         return _uploaded[key]
     if like.kind == "torch":
         torch = sys.modules["torch"]
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "while a CUDA graph is captured, cu_seqlens, state_indices and num_accepted_tokens "
-                "must be on the device: a graph cannot hold a copy from the host"
-            )
         # the memory is pageable, so the driver has taken what it needs when the call returns
         owner = torch.from_numpy(array).to(like.device, non_blocking=True)
     elif like.kind == "cupy":

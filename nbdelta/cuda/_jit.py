@@ -23,6 +23,8 @@ if not SIMULATOR:
 OLDEST = (8, 0)
 # up to here a launch needs no permission
 _FREE_SHARED = 48 * 1024
+# two handles of the default stream
+_LEGACY = {0, 1}
 
 
 def device(function):
@@ -31,7 +33,7 @@ def device(function):
     No fastmath: Numba's form of it would let NaN and infinities go astray.
     """
     # the simulator puts its `cuda` into the file of the kernel, and calls helpers as they are
-    return function if SIMULATOR else cuda.jit(device=True, forceinline=True)(function)
+    return function if SIMULATOR else cuda.jit(function, device=True, forceinline=True, lto=False)
 
 
 def intrinsic(simulated):
@@ -61,8 +63,8 @@ def kernel(threads, blocks_per_sm=1):
     """
 
     def make(function):
-        options = {} if SIMULATOR else {"launch_bounds": (threads, blocks_per_sm)}
-        return Kernel(cuda.jit(**options)(function), threads)
+        options = {"launch_bounds": (threads, blocks_per_sm), "lto": False}
+        return Kernel(cuda.jit(function, **{} if SIMULATOR else options), threads)
 
     return make
 
@@ -228,6 +230,25 @@ def current_place(kind, device):
         return index, sys.modules["cupy"].cuda.get_current_stream(index).ptr
     # CU_STREAM_PER_THREAD, or the legacy stream
     return index, 2 if getattr(config, "CUDA_PER_THREAD_DEFAULT_STREAM", 0) else 0
+
+
+def follow(stream, place):
+    """Let what is launched at a place from now on wait for what a stream has been given so far.
+
+    The device waits, not the caller.
+    """
+    index, own = place
+    if stream == own or {stream, own} <= _LEGACY:
+        return
+    driver = _driver()
+    with _current(index):
+        error, event = driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        _check(error, "an event")
+        (error,) = driver.cuEventRecord(event, stream)
+        _check(error, f"an event on stream {stream:#x}")
+        (error,) = driver.cuStreamWaitEvent(own, event, 0)
+        _check(error, f"waiting for stream {stream:#x}")
+        driver.cuEventDestroy(event)  # as soon as it has come
 
 
 @lru_cache

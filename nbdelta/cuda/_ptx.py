@@ -40,7 +40,8 @@ def asm(builder, text, results=(), operands=(), effect=True):
         ",".join(constraints),
         side_effect=effect,
     )
-    value = builder.call(code, operands)
+    # lanes meet there: the compiler must not move it into a branch that some of them take
+    value = builder.call(code, operands, attrs=("convergent",) if ".sync" in text else ())
     if len(results) < 2:
         return [value] if results else []
     return [builder.extract_value(value, i) for i in range(len(results))]
