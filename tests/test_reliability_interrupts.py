@@ -244,6 +244,37 @@ def test_ctrl_c_leaves_every_state_of_a_pool_old_or_new():
     )
 
 
+def test_ctrl_c_while_numba_is_imported(tmp_path):
+    """At many steps of it, one after the other; the next call then imports what is missing."""
+    code = """
+import sys
+import numpy as np, nbdelta
+assert "numba" not in sys.modules
+x = np.ones((1, 32, 2, 16), np.float32)
+class Interrupting:
+    seen, cut, every = set(), 0, 25
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("numba", "llvmlite", "nbdelta.cpu")) and name not in self.seen:
+            self.seen.add(name)
+            if len(self.seen) % self.every == 0:
+                self.cut += 1
+                raise KeyboardInterrupt
+finder = Interrupting()
+sys.meta_path.insert(0, finder)
+for _ in range(100):
+    try:
+        assert nbdelta.chunk_local_cumsum(x, 16)[0, 15, 0, 0] == 16
+        break
+    except (KeyboardInterrupt, ImportError):  # which Numba's own C code makes of it
+        pass
+else:
+    raise AssertionError("no call came to its end")
+assert finder.cut > 5, finder.cut
+print("works", finder.cut)
+"""
+    assert "works" in run(code, cache=tmp_path)
+
+
 def test_ctrl_c_while_kernels_are_compiled(tmp_path):
     """The next call, and the next process, compile what is missing."""
     first = f"""
