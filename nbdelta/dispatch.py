@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 import threading
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -110,7 +111,24 @@ wait_for(_importing)
 def stage(name: str, device: str) -> Any:
     """Return the module with the host functions of a stage: the rooms are twins."""
     with _importing:
-        return importlib.import_module(f"nbdelta.{device.partition(':')[0]}.{name}")
+        try:
+            return importlib.import_module(f"nbdelta.{device.partition(':')[0]}.{name}")
+        except BaseException:
+            _forget_orphans()
+            raise
+
+
+def _forget_orphans() -> None:
+    """Let the next call import anew what belongs to packages whose import was interrupted.
+
+    Python takes such a package back, but not the modules of it that were complete by then, and
+    does not make them attributes of the package when that is imported again.
+    """
+    for name in sorted(sys.modules):
+        package = name.rpartition(".")[0]
+        ours = name.partition(".")[0] in ("numba", "llvmlite", "nbdelta")
+        if ours and package and package not in sys.modules:
+            del sys.modules[name]
 
 
 def run(problem: "Problem", algorithm: str) -> None:

@@ -23,8 +23,9 @@ def test_sixteen_threads_on_a_cold_cache_beside_torch(tmp_path):
             a = torch.matmul(a, a) * 0 + 1
     beside = threading.Thread(target=work)
     beside.start()
-    made, results = calls(), [None] * 16
+    made, results, at_once = calls(), [None] * 16, threading.Barrier(16)
     def every(n):
+        at_once.wait()
         order = [(n + i) % len(made) for i in range(len(made))]
         results[n] = dict(sorted((i, bits(made[i]())) for i in order))
     threads = [threading.Thread(target=every, args=(n,)) for n in range(16)]

@@ -69,6 +69,36 @@ assert abs(float(o[0, 0, 0, 0]) - 4.0) < 1e-5
     assert run(code, cache=tmp_path / "cache").count("works") == 2
 
 
+def test_a_cache_that_is_deleted_again_and_again(tmp_path):
+    """At any step of what is written to it: while kernels are compiled, and several threads are."""
+    code = f"""
+import shutil, threading
+import numpy as np, nbdelta
+x, done = np.ones((1, 32, 2, 16), np.float32), threading.Event()
+def delete():
+    while not done.is_set():
+        shutil.rmtree({str(tmp_path / "cache")!r}, ignore_errors=True)
+        done.wait(0.001)
+deleting = threading.Thread(target=delete)
+deleting.start()
+found = [None, None]
+def call(n):
+    found[n] = nbdelta.chunk_local_cumsum(x, 16), nbdelta.solve_tril(x), nbdelta.fused_gate(x)
+threads = [threading.Thread(target=call, args=(n,)) for n in range(2)]
+for t in threads: t.start()
+for t in threads: t.join()
+done.set()
+deleting.join()
+assert all(np.array_equal(a, b) for a, b in zip(*found)) and found[0][0][0, 15, 0, 0] == 16
+print("works")
+"""
+    out, errors = finish(start(code, cache=tmp_path / "cache"))
+    assert "works" in out
+    # it may be there for a moment, each time
+    assert errors.count("RuntimeWarning") == errors.count("the cache cannot be used")
+    assert "works" in run(DECODE, cache=tmp_path / "cache")
+
+
 def test_a_full_disk(tmp_path):
     """A file system of 64 KB, which a process of its own mounts for itself alone."""
     mount = f"mount -t tmpfs -o size=64k tmpfs '{tmp_path}'"

@@ -29,8 +29,9 @@ OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
 # loop
 FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 5000, 100e-6
 
-# work of a thread between two looks at what Python has to say: 0.1 to 0.2 s
-BATCH_FLOPS = 4 * 10**9
+# work of a thread between two looks at what Python has to say: 0.1 to 0.2 s; and seconds after
+# which half of it is enough
+BATCH_FLOPS, LONG = 4 * 10**9, 0.3
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -200,10 +201,15 @@ def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, 
     desc[KERNEL], desc[WORKERS] = kernel.address, workers
     desc[SCRATCH], desc[SCRATCH_STEP] = _scratch(workers * step), step
     address = desc.ctypes.data if address is None else address
-    together = workers * max(1, BATCH_FLOPS // flops) if flops else items
-    for first in range(0, items, together):
+    first, together = 0, workers * max(1, BATCH_FLOPS // flops) if flops else items
+    while first < items:
         desc[NEXT], desc[ITEMS] = first, min(items, first + together)
+        begin = time.perf_counter() if flops else 0.0
         if workers == 1:
             kernel(address, 0)
         else:
             _the_team().run(address, workers, brief)
+        first += together
+        # other programs have the cores, or the memory is far away
+        if flops and time.perf_counter() - begin > LONG:
+            together = max(workers, together // 2)

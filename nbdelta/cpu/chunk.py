@@ -207,6 +207,10 @@ def multiplies_halves(dtype):
     return dtype == "bfloat16" and unit_of_halves() != FLOATS
 
 
+# what a token of a value head takes besides its products with the state, in flops of those
+TOKEN_FLOPS = 6000
+
+
 class Job(NamedTuple):
     """A call but for its addresses and its threads."""
 
@@ -230,7 +234,7 @@ def job_of(problem, min_length=0):
     KP, VP = -(-p.K // W) * W, -(-p.V // W) * W
     sizes = p.N, p.H, p.HV // max(1, p.H), KP, VP, np.dtype(REAL).itemsize
     kernel = _chunk_kernel(REAL, p.per_channel, unit)
-    flops = 6 * KP * VP * p.HV * p.B * p.T
+    flops = (6 * KP * VP + TOKEN_FLOPS) * p.HV * p.B * p.T
     return Job(kernel, unit, array("q", desc.tobytes()), sizes, flops, starts)
 
 

@@ -87,6 +87,10 @@ from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._vector_unit import W
 
+# what a token of a value head takes, in flops of a matrix product: of every number of a
+# state, as the products here run at half their speed, and besides
+STATE_FLOPS, TOKEN_FLOPS = 48, 20000
+
 
 @njit()
 def _load_state(REAL, desc, x, n, hv, target, step):
@@ -249,8 +253,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     block_step = layout(0, size, KP, VP, 0, False).end + W * size
     scratch = work_layout(0, size, KP, VP, p.HV // p.H, p.per_channel, block_step).end
     items = p.N * p.H
-    # as many flops as of a matrix product take as long: the products here run at half its speed
-    flops = 48 * KP * VP * p.HV * p.B * p.T // max(1, items)
+    flops = (STATE_FLOPS * KP * VP + TOKEN_FLOPS) * p.HV * p.B * p.T // max(1, items)
     run(_backward_kernel(REAL, p.per_channel), desc, items, scratch, thread_count(), flops=flops)
     if desc[DA_LOG]:
         _sum_kernel(p.per_channel)(desc.ctypes.data, 0)

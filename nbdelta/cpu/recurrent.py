@@ -87,8 +87,9 @@ PADDED = -1
 SERIAL_BYTES = 1 << 18
 # and those that take one thread about as long as it takes another one to wake up
 BRIEF_BYTES = 1 << 22
-# of a thread between two looks at what Python has to say: about 0.2 s
-BATCH_BYTES = 1 << 31
+# of a thread between two looks at what Python has to say: about 0.2 s; and of a token, whose state
+# may be small, at the least
+BATCH_BYTES, TOKEN_BYTES = 1 << 31, 1 << 11
 # states of a thread that stay in its caches from call to call: nothing is fetched ahead then
 NEAR_BYTES = 1 << 20
 
@@ -324,6 +325,7 @@ class Job(NamedTuple):
     items: int
     scratch: int  # bytes of a worker
     size: int  # bytes of states that the call goes through
+    work: int  # those that take as long as the call
     checkpoint_starts: Any  # kept alive
 
 
@@ -341,19 +343,20 @@ def job_of(problem, max_length=None):
         desc[CHECKPOINT_STARTS] = starts.ctypes.data
     kernel = _recurrent_kernel(REAL, p.per_channel, *form_of(p))
     scratch = layout(0, SIZE, -(-p.K // W) * W, -(-p.V // W) * W)[-1]
-    size = p.B * p.T * p.HV * p.K * p.V * SIZE
+    tokens, state = p.B * p.T * p.HV, p.K * p.V * SIZE
+    size, work = tokens * state, tokens * max(state, TOKEN_BYTES)
     desc[FAR] = p.N * p.HV * p.K * p.V * SIZE > NEAR_BYTES * thread_count()
-    return Job(kernel, array("q", desc.tobytes()), p.N * p.HV, scratch, size, starts)
+    return Job(kernel, array("q", desc.tobytes()), p.N * p.HV, scratch, size, work, starts)
 
 
 def start(job, desc):
     """Run a job with a descriptor that is complete."""
     threads = thread_count() if job.size >= SERIAL_BYTES else 1
     brief = job.size < BRIEF_BYTES
-    if job.size <= BATCH_BYTES:
+    if job.work <= BATCH_BYTES:
         run(job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0])
         return
-    together = threads * max(1, BATCH_BYTES * job.items // job.size)
+    together = threads * max(1, BATCH_BYTES * job.items // job.work)
     for first in range(0, job.items, together):
         batch, items = desc[:], min(together, job.items - first)
         batch[FIRST] = first
