@@ -23,8 +23,9 @@ class _Block:
     """Owner of the memory of one array and its views."""
 
     def __init__(self, nbytes: int, memory: "np.ndarray[Any, Any]") -> None:
-        self._memory, self._nbytes, self._free = memory, nbytes, _free
         address = memory.ctypes.data
+        # all that is needed at the end, which may come after that of the modules
+        self._memory, self._key, self._free = memory, (nbytes, address), _free
         self.__array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -32,10 +33,9 @@ class _Block:
             "version": 3,
         }
 
-    def __del__(self) -> None:
-        size = self._nbytes
-        if sum(nbytes for nbytes, _ in list(self._free)) + size <= KEPT_AT_MOST:
-            self._free[size, self._memory.ctypes.data] = self._memory
+    def __del__(self, most: int = KEPT_AT_MOST) -> None:
+        if sum(nbytes for nbytes, _ in list(self._free)) + self._key[0] <= most:
+            self._free[self._key] = self._memory
 
 
 def new_bytes(nbytes: int) -> "np.ndarray[Any, Any]":

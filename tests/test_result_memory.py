@@ -1,6 +1,8 @@
 """Memory of large results is used again, and never while somebody holds it."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -124,3 +126,19 @@ def test_results_that_are_held_stay(gate):
     for results, copies in zip(held, expected):
         for x, y in zip(results, copies):
             assert_same_bits(x, y)
+
+
+def test_a_result_outlives_the_modules():
+    code = """
+import builtins
+import numpy as np
+from nbdelta import result_memory
+
+class Holder:
+    pass
+
+builtins.held = Holder()  # which Python lets go of last
+builtins.held.array = result_memory.new_bytes(result_memory.LARGE)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
