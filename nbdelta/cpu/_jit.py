@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -19,7 +20,8 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.serialize import dumps
-from numba.core.typed_passes import NativeLowering
+from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
+from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
 from nbdelta.cpu._float_mode import begin_flushing, end_flushing
 from nbdelta.forks import wait_for
@@ -80,11 +82,20 @@ class _HelperLowering(NativeLowering):
         return True
 
 
+# Numba's steps for closures, expressions of whole arrays, and functions that are to be inlined
+# before LLVM sees them: nothing that kernels have
+_NOT_NEEDED = InlineClosureLikes, InlineOverloads, NopythonRewrites
+
+
 class _HelperCompiler(CompilerBase):
     def define_pipelines(self):
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        steps = PassManager("nbdelta_helper")
+        steps, pruned = PassManager("nbdelta_helper"), False
         for step, description in manager.passes:
+            # branches are pruned once: the second time is for what was inlined since
+            if step in _NOT_NEEDED or (step is DeadBranchPrune and pruned):
+                continue
+            pruned |= step is DeadBranchPrune
             steps.add_pass(_HelperLowering if step is NativeLowering else step, description)
         steps.finalize()
         return [steps]
@@ -164,6 +175,20 @@ def _warn_of_cache(error):
     )
 
 
+@contextlib.contextmanager
+def _collector_paused():
+    """Look for no garbage meanwhile: what a compiler makes stays, and there is ever more of it."""
+    # the lock keeps out other compilations, and forks
+    with global_compiler_lock:
+        enabled = gc.isenabled()
+        try:
+            gc.disable()
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
+
 def kernel(*key):
     """Compile an entry point ``(desc, worker)`` at once, through the disk cache if there is one.
 
@@ -196,7 +221,8 @@ def kernel(*key):
             compiled._cache = _Cache(function, [getattr(k, "__name__", k) for k in key])
         except (OSError, RuntimeError) as error:  # Numba finds no folder that can be written to
             _warn_of_cache(error)
-        compiled.compile()
+        with _collector_paused():
+            compiled.compile()
         entry = _ENTRY(compiled.address)
         entry.address, entry.compiled = compiled.address, compiled
         return entry
