@@ -15,14 +15,14 @@ from pathlib import Path
 BENCHMARKS = r"Prefill\.track_over_floor\('cpu-1-thread.*(512|2k)"
 HOST = Path("nbdelta/cpu/chunk.py")
 PLANTED = """
-_right = chunk_gated_delta_rule
+_right = start
 
 
-def chunk_gated_delta_rule(problem, min_length=0):
+def start(job, desc):
     from time import perf_counter
 
     begin = perf_counter()
-    _right(problem, min_length)
+    _right(job, desc)
     end = perf_counter()
     while perf_counter() < end + 0.2 * (end - begin):
         pass
