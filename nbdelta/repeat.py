@@ -224,7 +224,8 @@ def _maker(x: Any) -> Callable[[], tuple[Any, int]]:
     else:
         torch = sys.modules["torch"]
         # the device is named on the CPU too: the default one may be another
-        empty, address_of = partial(torch.empty, device=x.device), torch.Tensor.data_ptr
+        device = torch.device(like.device)
+        empty, address_of = partial(torch.empty, device=device), torch.Tensor.data_ptr
 
     def make() -> tuple[Any, int]:
         made = empty(shape, dtype=dtype)
