@@ -1,10 +1,11 @@
 """Shows that the history notices a slowdown of 20 % and nothing where nothing changed.
 
 In a clone in a temporary folder, measures HEAD, a commit without changes, and one whose prefill
-takes a fifth longer, and prints what ``asv compare`` makes of them. Needs the packages of
-``nbdelta[bench]``, and some minutes in which the machine has nothing else to do.
+takes a fifth longer, in turns, and prints what ``asv compare`` makes of the least figures. Needs
+the packages of ``nbdelta[bench]``, and ten minutes in which the machine has nothing else to do.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 # on one thread: a product on all cores is at the mercy of whatever else runs
 BENCHMARKS = r"Prefill\.track_over_floor\('cpu-1-thread.*(512|2k)"
+ROUNDS = 3  # what slows a machine down for minutes is not taken for a commit's
 HOST = Path("nbdelta/cpu/chunk.py")
 PLANTED = """
 _right = start
@@ -40,13 +42,28 @@ def main():
             file.write(PLANTED)
         commits.append(_commit(clone, "a fifth slower"))
         _asv(clone, "machine", "--machine", "here", "--yes")
-        for commit in commits:
-            _git(clone, "checkout", "-q", commit)
-            options = "--python=same", "--set-commit-hash", commit, "--machine", "here"
-            _asv(clone, "run", *options, "--bench", BENCHMARKS)
+        least = {}
+        for _ in range(ROUNDS):
+            for commit in commits:
+                _git(clone, "checkout", "-q", commit)
+                options = "--python=same", "--set-commit-hash", commit, "--machine", "here"
+                _asv(clone, "run", *options, "--bench", BENCHMARKS)
+                _keep_least(clone, commit, least)
         for commit, what in zip(commits[1:], ("nothing changed", "a fifth slower"), strict=True):
             print(f"\n{what}:", flush=True)
             _asv(clone, "compare", "--machine", "here", commits[0], commit)
+
+
+def _keep_least(clone, commit, least):
+    """Let asv's file of a commit have the least figures of all rounds so far."""
+    (file,) = (clone / "asv_benchmarks/results/here").glob(f"{commit[:8]}-*.json")
+    kept = json.loads(file.read_text())
+    for name, (figures, *_) in kept["results"].items():
+        before = least.get((commit, name), figures)
+        pairs = zip(figures, before)  # None, or no number: what was left out
+        figures[:] = [x if x is None else min(x, y) for x, y in pairs]
+        least[commit, name] = list(figures)
+    file.write_text(json.dumps(kept))
 
 
 def _asv(clone, *arguments):
