@@ -3,7 +3,6 @@
 import math
 from fractions import Fraction
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -78,17 +77,22 @@ class Numbers:
         return self.shuffle(x, self.splat(fill, n), sources)
 
     def exp(self, x):
-        """e^x to about 1 ulp: exactly 0 for -inf and large negative x, inf for large x, NaN for
-        NaN.
+        """e^x to about 1 ulp, inf for large x, NaN for NaN; exactly 0 for -inf and all that is less
+        than 1.5 times the smallest normal number.
 
-        ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: a Taylor polynomial of e^r, times 2^n in two
-        steps, as 2^128 is no number but e^88.5 is, and so that denormals come out right where they
-        are not flushed. Adding a large number rounds to an integer without a conversion, which
-        would be undefined for NaN.
+        ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: twice a Taylor polynomial of e^r, times
+        2^(n - 1), as 2^128 is no number but e^88.5 is. Adding a large number rounds to an integer
+        without a conversion, which would be undefined for NaN. The lowest bits of that sum are the
+        exponent of 2^(n - 1), those of the number 0 for the least n. AVX-512 has an instruction
+        for a product with 2^n, whatever n is.
         """
-        double = self.real == F64
-        low, high, degree = (-746.0, 710.0, 13) if double else (-105.0, 89.0, 7)
-        magic, bias, mantissa = (1.5 * 2.0**52, 1023, 52) if double else (1.5 * 2.0**23, 127, 23)
+        double, lanes = self.real == F64, x.ir.type.count
+        scales = SCALES and BITS == 512 and lanes == self.lanes
+        low, high, degree = (-708.3, 710.0, 13) if double else (-87.2, 89.0, 7)
+        mantissa, bias = (52, 1023) if double else (23, 127)
+        magic, factor = 1.5 * 2.0**mantissa + bias - 1, 2
+        if scales:
+            low, factor = -746.0 if double else -105.0, 1
         # n times the high part is exact
         ln2_high = Fraction(
             math.floor(_LN2 * 2 ** (32 if double else 15)), 2 ** (32 if double else 15)
@@ -99,22 +103,15 @@ class Numbers:
         n = shifted - magic
         r = self.fma(n, self.like(x, -float(ln2_high)), x)
         r = self.fma(n, self.like(x, -float(_LN2 - ln2_high)), r)
-        p = self.like(x, 1 / math.factorial(degree))
+        p = self.like(x, factor / math.factorial(degree))
         for i in reversed(range(degree)):
-            p = self.fma(p, r, self.like(x, 1 / math.factorial(i)))
-        if SCALES and BITS == 512 and x.ir.type.count == self.lanes:
+            p = self.fma(p, r, self.like(x, factor / math.factorial(i)))
+        if scales:
             return self._scale(p, n)
         whole = I64 if double else I32
-        lanes = x.ir.type.count
-        origin = int(np.array(magic, np.float64 if double else np.float32).view(f"i{self.size}"))
-        bits = self.b.bitcast(shifted.ir, shape_of(whole, lanes))
-        bits = self.b.sub(bits, constant(whole, lanes, origin))
-        first = self.b.ashr(bits, constant(whole, lanes, 1))
-        for part in (first, self.b.sub(bits, first)):
-            power = self.b.add(part, constant(whole, lanes, bias))
-            power = self.b.shl(power, constant(whole, lanes, mantissa))
-            p = p * Value(self, self.b.bitcast(power, x.ir.type))
-        return p
+        power = self.b.bitcast(shifted.ir, shape_of(whole, lanes))
+        power = self.b.shl(power, constant(whole, lanes, mantissa))
+        return p * Value(self, self.b.bitcast(power, x.ir.type))
 
     def _scale(self, x, n):
         """Return x 2^n for whole numbers n, by AVX-512's instruction for it."""
