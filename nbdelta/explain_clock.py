@@ -23,12 +23,12 @@ from nbdelta.structure import Arrays, Options
 STAGES = {
     "states in and out": ("load_states", "_store_states", "_load_state", "_store_state"),
     "rows, norms, packing": (
-        *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows"),
+        *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows", "normalise"),
         *("_output_rows", "_store_output", "_load_vector", "dot_row", "load_row", "store_row"),
     ),
     "gates and their products": (
         *("load_beta", "_load_token_gates", "gate_products", "multiply_row", "fill_row"),
-        *("load_tokens", "load_bias", "gate_factor", "apply_gate", "key_tile", "query_tile"),
+        *("load_tokens", "load_bias", "gate_factor", "apply_gate", "decay_rows", "prefix_tile"),
         *("suffix_tile", "_channel_gates", "_head_gate", "_load_beta"),
     ),
     "Gram matrices k.k and q.k": (

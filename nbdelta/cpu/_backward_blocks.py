@@ -59,7 +59,7 @@ def _fetch_tokens(REAL, x, b, t, h, width):
 
 @cache
 def prepare_block(PER_CHANNEL):
-    key_head = panels.key_head(False)
+    key_head = panels.key_head(PER_CHANNEL, False)
 
     @njit()
     def prepare_block(REAL, desc, m, b, t, n, hk, dq, dk, pairs):
@@ -69,8 +69,7 @@ def prepare_block(PER_CHANNEL):
         stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
         _fetch_tokens(REAL, k, b, t + W, hk, desc[K])
         _fetch_tokens(REAL, q, b, t + W, hk, desc[K])
-        if not PER_CHANNEL:
-            key_head(REAL, desc, m)
+        key_head(REAL, desc, m)
         zero_rows(REAL, dq, KP)
         zero_rows(REAL, dk, KP)
         zero_rows(REAL, pairs, 2 * W)
@@ -220,8 +219,8 @@ def finish_block(PER_CHANNEL):
                 )  # fmt: skip
         if real(desc, EPS) >= 0:
             if PER_CHANNEL:
-                norm_gradient(REAL, m.x, KP * itemsize(REAL), m.k_norm, KP, dk)
-                norm_gradient(REAL, m.y, KP * itemsize(REAL), m.q_norm, KP, dq)
+                norm_gradient(REAL, m.k, KP * itemsize(REAL), m.k_norm, KP, dk)
+                norm_gradient(REAL, m.q, KP * itemsize(REAL), m.q_norm, KP, dq)
             else:
                 norm_gradient_of_columns(REAL, m.keys, m.k_norm, KP, dk)
                 norm_gradient_of_columns(REAL, m.queries, m.q_norm, KP, dq)

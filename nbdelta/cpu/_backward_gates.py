@@ -90,20 +90,20 @@ def channel_pairs(REAL, desc, m, w, n, dq, dk):
         for x in (w.reads_q, w.reads_k, w.writes):
             transpose_tile(REAL, x + tile, row)
         channel_states(
-            REAL, m.x + i, m.y + i, m.z + i, step, w.reads_q + tile, w.reads_k + tile,
+            REAL, m.k + i, m.q + i, m.decays + i, step, w.reads_q + tile, w.reads_k + tile,
             w.writes + tile, w.kept + tile, dq + tile, dk + tile, w.dg + i, step,
         )  # fmt: skip
         zero_rows(REAL, w.back, W)
         for t in range(n):
             at_token, own, now = i + t * step, tile + t * row, w.running + t * square
             pairs_forward(
-                REAL, m.x + at_token, m.z + at_token, t, now - square, now, w.wp + t * size,
+                REAL, m.k + at_token, m.decays + at_token, t, now - square, now, w.wp + t * size,
                 w.wa + t * size, dq + own, dk + own,
             )  # fmt: skip
         for t in range(n - 1, -1, -1):
             at_token, own, now = i + t * step, tile + t * row, w.running + t * square
             pairs_backward(
-                REAL, m.x + at_token, m.y + at_token, m.z + at_token, t, now, w.back,
+                REAL, m.k + at_token, m.q + at_token, m.decays + at_token, t, now, w.back,
                 w.wp + t * size, w.wa + t * size, dk + own, w.dg + at_token,
             )  # fmt: skip
 

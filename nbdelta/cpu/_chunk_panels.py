@@ -16,14 +16,13 @@ from nbdelta.cpu._call import (
     real,
 )
 from nbdelta.cpu._channel_tiles import (
-    MANY,
     SOME,
-    clear_pairs,
+    clear_sums,
+    decay_rows,
     few_pair_sums,
+    finish_own,
     finish_pairs,
-    key_panels,
-    many_pair_sums,
-    query_panels,
+    prefix_columns,
     some_pair_sums,
     suffix_rows,
 )
@@ -55,6 +54,7 @@ from nbdelta.cpu._tiles import (
     gram,
     inverse_norms,
     multiply_row,
+    normalise,
     pack_columns,
     pair_rows,
     round_rows,
@@ -126,26 +126,40 @@ def stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm):
 
 
 @njit()
-def _pairs(REAL, KP, n, m, scale):
-    """Triangles A and P of a block whose decay differs by channel, token j after token j."""
+def _pairs(REAL, KP, n, m):
+    """Triangles A and P of a block whose decay differs by channel.
+
+    Two tokens j and j + 1 at a time, and then the two that have as many pairs as these do not.
+    """
     size, lanes = itemsize(REAL), lanes_of(REAL)
-    row, step, register = W * size, KP * size, lanes * size
-    for j in range(n):
-        kk, qk = m.kk + j * register, m.qk + j * register
-        clear_pairs(REAL, n - j, kk, qk)
-        done, later = 0, n - 1 - j
-        while done < KP:
-            i = j * step + done * size
-            if done + MANY * lanes <= KP:
-                many_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
-                done += MANY * lanes
-            elif done + SOME * lanes <= KP:
-                some_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
-                done += SOME * lanes
-            else:
-                few_pair_sums(REAL, m.x + i, m.y + i, m.z + i, step, later, kk, qk)
-                done += W
-        finish_pairs(REAL, m.kk, m.qk, m.beta, scale, m.a + j * row, m.p + j * row)
+    step, register = KP * size, lanes * size
+    square, even = W * register, (n + 1) // 2 * 2
+    own = m.sums + 4 * square
+    clear_sums(REAL, own, W)
+    for token in range(0, min(even, W // 2), 2):
+        clear_sums(REAL, m.sums, 4 * W)
+        one, other = m.sums, m.sums + square
+        for j, first, second in (
+            (token, one + token * register, other + (token + 1) * register),
+            (W - 2 - token, other, one),
+        ):
+            done = 0 if j < even else KP
+            while done < KP:
+                i, later = j * step + done * size, even - 2 - j
+                k, q, decays = m.k + i, m.q + i, m.decays + i
+                if done + SOME * lanes <= KP:
+                    some_pair_sums(
+                        REAL, k, q, decays, step, later, first, second, own + j * register
+                    )
+                    done += SOME * lanes
+                else:
+                    few_pair_sums(
+                        REAL, k, q, decays, step, later, first, second, own + j * register
+                    )
+                    done += W
+        finish_pairs(REAL, one, m.gates, token, m.a, m.p)
+        finish_pairs(REAL, other, m.gates, token + 1, m.a, m.p)
+    finish_own(REAL, own, m.gates, m.p)
 
 
 @cache
@@ -174,8 +188,8 @@ def head_gates(unit):
 
 @cache
 def channel_gates(unit):
-    key_tile, query_tile = key_panels(unit == SQUARES), query_panels(unit == SQUARES)
-    suffix_tile, PAIRS, SQUARED = suffix_rows(False), unit == DOTS, unit == SQUARES
+    prefix_tile, suffix_tile = prefix_columns(unit == SQUARES), suffix_rows(False)
+    PAIRS, SQUARED = unit == DOTS, unit == SQUARES
 
     @njit()
     def channel_gates(REAL, desc, m, b, t, n, hv):
@@ -191,25 +205,20 @@ def channel_gates(unit):
                 apply_gate(REAL, desc, factor, m.bias, m.g + i * step, KP // W)
         else:
             g_rows, g_step = token_rows(REAL, g, b, t, n, hv, desc[K], m.g)
-        scale = REAL(real(desc, SCALE))
+        decay_rows(REAL, g_rows, g_step, KP, m.decays, step)
         for i in range(0, row, size):
             save(REAL, m.gates + KEY_GATE * row + i, -load(REAL, m.beta + i))
-        fill_row(REAL, scale, m.gates + QUERY_GATE * row)
+        fill_row(REAL, REAL(real(desc, SCALE)), m.gates + QUERY_GATE * row)
         keys, queries, out_step, out_size = m.keys, m.queries, 0, row
         if SQUARED:
             keys, queries, out_step, out_size = m.key_words, m.query_words, 2 * KP, 2
         for c in range(0, KP, W):
             i, out = c * size, c * out_size
-            key_tile(
-                REAL, m.k + i, step, m.k_norm, g_rows + i, g_step, step, m.x + i, m.z + i,
-                keys + out, out_step, m.decay + i,
-            )  # fmt: skip
-            query_tile(
-                REAL, m.q + i, step, m.q_norm, m.z + i, step, m.y + i, queries + out, out_step
-            )
+            for x, panel in ((m.k, keys), (m.q, queries)):
+                prefix_tile(REAL, x + i, m.decays + i, step, panel + out, out_step, m.decay + i)
             if not SQUARED:  # theirs are made in `_keep_update`
-                suffix_tile(REAL, m.x + i, m.z + i, step, m.updates + c * row)
-        _pairs(REAL, KP, whole_tiles(REAL, n), m, scale)
+                suffix_tile(REAL, m.k + i, m.decays + i, step, m.updates + c * row)
+        _pairs(REAL, KP, whole_tiles(REAL, n), m)
         if PAIRS:
             pair_rows(REAL, m.keys, KP, m.key_words)
             pair_rows(REAL, m.queries, KP, m.query_words)
@@ -218,9 +227,19 @@ def channel_gates(unit):
 
 
 @cache
-def key_head(unit):
-    """Make what the value heads of a key head share when the gate is one per token."""
+def key_head(PER_CHANNEL, unit):
+    """Make what the value heads of a key head share."""
+    if PER_CHANNEL:
+        return _normalised_rows
     return _key_head_of_squares if unit == SQUARES else _key_head_of_panels(unit == DOTS)
+
+
+@njit()
+def _normalised_rows(REAL, desc, m):
+    if real(desc, EPS) >= 0:
+        KP = padded(REAL, desc[K])
+        for rows, norm in ((m.k, m.k_norm), (m.q, m.q_norm)):
+            normalise(REAL, rows, KP, norm)
 
 
 @njit()

@@ -20,14 +20,13 @@ class Scratch(NamedTuple):
     products: int  # squares: K S and Q S of every strip
     changes: int  # squares: what a block adds to a strip
     updates: int  # KDA: k e^(G_last - G) as rows
-    x: int  # KDA: k, q and e^g token by token
-    y: int
-    z: int
-    a: int  # -A and P of the block
+    decays: int  # KDA: e^g token by token
+    sums: int  # KDA: registers of pair sums, of two tokens and their twins, and of k.q
+    a: int  # -A and P of the block, a row more each
     p: int
     kk: int  # products k.k and q.k of the block
     qk: int
-    k: int  # staged rows; those of g and o only where the caller's do not serve
+    k: int  # staged rows, KDA: normalised; those of g and o only where the caller's do not serve
     q: int
     g: int
     v: int
@@ -73,17 +72,19 @@ def layout(start, size, KP, VP, rows, unit):
     products = column_words + squared * tokens
     changes = products + squared * 2 * values
     updates = changes + squared * tokens
-    x = updates + tokens
-    a = x + 3 * tokens
-    k = a + 4 * square
+    decays = updates + tokens
+    sums = decays + tokens
+    a = sums + 5 * square
+    kk = a + 2 * (square + row)
+    k = kk + 2 * square
     v = k + 3 * tokens
     decay = v + 2 * values
     gates = decay + 2 * channels
     beta = gates + 6 * row
     return Scratch(
         keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, column_words,
-        column_words + half, products, changes, updates, x, x + tokens, x + 2 * tokens, a,
-        a + square, a + 2 * square, a + 3 * square, k, k + tokens, k + 2 * tokens, v, v + values,
+        column_words + half, products, changes, updates, decays, sums,
+        a, a + square + row, kk, kk + square, k, k + tokens, k + 2 * tokens, v, v + values,
         decay, decay + channels, gates, gates + 5 * row, beta, beta + row, beta + 2 * row,
         beta + 3 * row, beta + 4 * row,
     )  # fmt: skip

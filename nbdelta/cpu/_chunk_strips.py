@@ -171,7 +171,7 @@ def _keep_update(PER_CHANNEL):
             for c in range(0, KP, W):
                 i = c * itemsize(REAL)
                 rows = keys + c * W * itemsize(REAL)
-                suffix_tile(REAL, m.x + i, m.z + i, KP * itemsize(REAL), rows)
+                suffix_tile(REAL, m.k + i, m.decays + i, KP * itemsize(REAL), rows)
         else:
             double_rows(REAL, m.keys, KP, keys)
         copy_rows(REAL, m.decay, W * itemsize(REAL), decay, W * itemsize(REAL), KP // W)

@@ -62,25 +62,52 @@ def store_columns(e, block, columns, token, channel):
         e.store(x, columns, (channel + c) * e.row + token * e.size)
 
 
+TOGETHER = 4  # rows
+
+
 @tile
 def inverse_norms(e, x, x_step, n, eps, out, copies, copy_step):
     """out[i] = 1 / sqrt(sum over n channels of x_i^2 + eps) for 16 token rows, which are copied.
 
-    Row after row: a step that is a power of two brings the same channel of 16 tokens into one set
-    of the cache, which does not hold as many lines.
+    A few rows at a time, whose sums hide each other's latency: a step that is a power of two brings
+    the same channel of 16 tokens into one set of the cache, which does not hold as many lines.
     """
+    together = range(min(TOGETHER, e.lanes))
     for token in range(0, W, e.lanes):
         sums = []
-        for t in range(token, token + e.lanes):
+        for t in range(token, token + e.lanes, len(together)):
 
-            def body(offset, acc, row=x + x_step * t, copy=copies + copy_step * t):
-                x = e.load(row + offset, 0, e.lanes)
-                e.store(x, copy + offset)
-                return [e.fma(x, x, acc[0])]
+            def body(offset, totals, rows=x + x_step * t, copies=copies + copy_step * t):
+                rows, copies = rows + offset, copies + offset
+                new = []
+                for i, total in zip(together, totals):
+                    x = e.load(rows + x_step * i, 0, e.lanes)
+                    e.store(x, copies + copy_step * i)
+                    new.append(e.fma(x, x, total))
+                return new
 
-            sums += e.loop(n * e.size, [e.splat(0.0, e.lanes)], body, e.lanes * e.size)
+            zeros = [e.splat(0.0, e.lanes)] * len(together)
+            sums += e.loop(n * e.size, zeros, body, e.lanes * e.size)
         total = e.sum_lanes(sums) + e.splat(eps, e.lanes)
         e.store(1.0 / e.sqrt(total), out, token * e.size)
+
+
+@tile
+def normalise(e, rows, n, norm):
+    """Multiply 16 token rows of n channels, one behind the other, with `norm` per token."""
+
+    def row(i, carried):
+        factor = e.bcast(norm + i * e.size)
+
+        def body(offset, carried):
+            x = carried[0] + offset
+            e.store(e.load(x) * factor, x)
+            return carried
+
+        e.loop(n * e.size, carried, body, e.row)
+        return [carried[0] + n * e.size]
+
+    e.loop(W, [rows], row)
 
 
 @tile

@@ -137,7 +137,7 @@ def _store_states(REAL, desc, ht, slot, hk, first, last, states, head, strip):
 def _chunk_kernel(REAL, PER_CHANNEL, unit):
     SQUARED = unit == SQUARES
     load_states, value_strips = _load_states(unit), strips.value_strips(PER_CHANNEL, unit)
-    key_head, head_gates = panels.key_head(unit), panels.head_gates(unit)
+    key_head, head_gates = panels.key_head(PER_CHANNEL, unit), panels.head_gates(unit)
     channel_gates = panels.channel_gates(unit)
 
     @kernel(REAL, PER_CHANNEL, unit)
@@ -173,8 +173,7 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
                     n = min(n, interval - (t - bos) % interval)
                 stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
                 stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
-                if not PER_CHANNEL:
-                    key_head(REAL, desc, m)
+                key_head(REAL, desc, m)
                 for j in range(r):
                     hv = value_head(desc, hk, j)
                     load_beta(REAL, desc, b, t, n, hv, m.beta)
