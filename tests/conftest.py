@@ -1,4 +1,5 @@
 import ctypes
+import gc
 import math
 
 import devices
@@ -19,6 +20,9 @@ settings.register_profile(
     "nightly", settings.get_profile("default"), max_examples=2000, derandomize=False
 )
 settings.load_profile("default")
+
+# what compilers and imports make stays, and all of it was looked through again and again
+gc.set_threshold(50_000, 20, 20)
 
 # parameters of a test that run on a device that is not really there
 FEW = {"sim": 4, "emu": 6}
