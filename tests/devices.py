@@ -49,12 +49,48 @@ def prepare(name):
         import ptxemu
 
         ptxemu.install(check=True)
+        _keep_ptx()
     else:
         from numba import cuda
 
         if not cuda.is_available():
             return f"no CUDA device: {cuda.cuda_error()}"
     return None
+
+
+def _keep_ptx():
+    """Let the emulator find the PTX of kernels where other processes left it.
+
+    It is in the folder where their machine code would be for a GPU, under names that say as much.
+    """
+    from ptxemu import abi
+
+    from nbdelta.cuda import _cache, _jit
+
+    compile_kernel, compiled = abi.compile_kernel, _jit.Kernel._compiled
+    names, found = {}, {}
+
+    def with_name(kernel, length, capability):
+        names[kernel.dispatcher] = kernel.key
+        return compiled(kernel, length, capability)
+
+    def kept(dispatcher, types, capability, options=None):
+        launched = dispatcher, tuple(types), tuple(capability), repr(options or {})
+        if launched in found:
+            return found[launched]
+        name = names.get(dispatcher)
+        key = ("PTX", name, *launched[1:])
+        entry = _cache.load(key) if name else None
+        if entry:
+            texts = tuple(entry[1].decode().split("\0"))
+        else:
+            texts = compile_kernel(dispatcher, types, capability, options)
+            if name:
+                _cache.save(key, b"", "\0".join(texts).encode())
+        found[launched] = texts
+        return texts
+
+    abi.compile_kernel, _jit.Kernel._compiled = kept, with_name
 
 
 class OnDevice:
