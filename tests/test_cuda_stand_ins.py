@@ -12,26 +12,34 @@ import devices
 import pytest
 
 FOLDER = Path(__file__).parent
-# file: which of its tests
+# what one process runs, since most of its time goes into compilation: files, which of their tests
 EMULATED = {
-    "test_cuda_arrays.py": "",
-    "test_cuda_backward.py": "not (shapes and float64)",
-    "test_cuda_blocks.py": "",
-    "test_cuda_chunk.py": "",
-    "test_cuda_cli.py": "float32-gda or float64-blocks or bench",
-    "test_cuda_far.py": "",
-    "test_cuda_host.py": "",
-    "test_cuda_profile.py": "not (backward and float32)",
-    "test_cuda_recurrent.py": "",
-    "test_fused_recurrent.py": "",
-    "test_chunk_gated_delta_rule.py": "options or dtypes or layouts or interval",
-    "test_gated_delta_rule.py": "agree or single_tokens",
-    # the same bits for the past whatever comes, alone and in a batch; strong gates and resets
-    "test_numerics.py": "earlier_outputs or alone_and or split or infinity or any_gate",
-    "test_torch_cuda.py": "",
-    "test_fused_gate.py": "naive or tails or layouts",
-    "test_chunk_local_cumsum.py": "lengths or axis or layouts or packed",
-    "test_solve.py": "dtypes or packed or layouts or bad_numbers",
+    "backward": {"test_cuda_backward.py": "not (shapes and float64)"},
+    "chunk": {"test_cuda_chunk.py": ""},
+    "chunk by any device": {
+        "test_chunk_gated_delta_rule.py": "options or dtypes or layouts or interval",
+        "test_gated_delta_rule.py": "agree or single_tokens",
+        # the same bits for the past whatever comes, alone and in a batch; strong gates and resets
+        "test_numerics.py": "earlier_outputs or alone_and or split or infinity or any_gate",
+    },
+    "recurrent": {
+        "test_cuda_recurrent.py": "",
+        "test_fused_recurrent.py": "",
+        "test_cuda_arrays.py": "",
+        "test_cuda_host.py": "",
+    },
+    "blocks": {
+        "test_cuda_blocks.py": "",
+        "test_fused_gate.py": "naive or tails or layouts",
+        "test_chunk_local_cumsum.py": "lengths or axis or layouts or packed",
+        "test_solve.py": "dtypes or packed or layouts or bad_numbers",
+    },
+    "profile": {"test_cuda_profile.py": "not (backward and float32)"},
+    "far": {"test_cuda_far.py": ""},
+    "torch": {
+        "test_cuda_cli.py": "float32-gda or float64-blocks or bench",
+        "test_torch_cuda.py": "",
+    },
 }
 # a Python thread for every thread of a GPU: what is small, of every kernel
 SIMULATED = {
@@ -43,25 +51,26 @@ SIMULATED = {
 }
 
 
-def run_on(device, file, tests):
+def run_on(device, files):
     reason = devices.rejection_reason(device)
     if reason:
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["--device", device, file, "-k", tests]
+    chosen = [f"{file} and ({tests})" if tests else file for file, tests in files.items()]
+    command = [sys.executable, "-m", "pytest", "-q", "-rap", "-p", "no:cacheprovider"]
+    command += ["--device", device, *files, "-k", " or ".join(chosen)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    # (a run that skipped everything proves nothing)
-    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    # (a run that skipped all of a file proves nothing)
+    for file in files:
+        assert re.search(rf"^PASSED \S*{re.escape(file)}::", done.stdout, re.M), done.stdout
 
 
-@pytest.mark.parametrize("file", EMULATED)
-def test_emulator(file):
+@pytest.mark.parametrize("files", EMULATED.values(), ids=EMULATED)
+def test_emulator(files):
     """The PTX of the kernels, with memory and race checks."""
-    run_on("emu", file, EMULATED[file])
+    run_on("emu", files)
 
 
-@pytest.mark.parametrize("file", SIMULATED)
-def test_simulator(file):
+def test_simulator():
     """The Python of the kernels."""
-    run_on("sim", file, SIMULATED[file])
+    run_on("sim", SIMULATED)
