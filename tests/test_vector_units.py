@@ -10,21 +10,29 @@ import re
 import subprocess
 import sys
 
+import numba
 import pytest
 from llvmlite import binding
 
+from nbdelta.cpu import _vector_unit
 from nbdelta.cpu._matrix_unit import DOTS, SQUARES
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="these are shapes of x86-64"
 )
 FEATURES = binding.get_host_cpu_features().flatten()
+NATIVE = [_vector_unit.BITS, _vector_unit.REGISTERS]
 AVX512 = ["f", "bw", "cd", "dq", "vl", "bf16", "vnni", "ifma", "vbmi"]
 
 
-def python(code, cache, **environment):
-    """Run code in a new process, with kernels compiled for it; return the JSON that it prints."""
-    environment = {**os.environ, **environment, "NUMBA_CACHE_DIR": str(cache)}
+def python(code, cache=None, **environment):
+    """Run code in a new process, and return the JSON that it prints.
+
+    `cache` is the folder of kernels that are compiled for it alone.
+    """
+    environment = {**os.environ, **environment}
+    if cache:
+        environment["NUMBA_CACHE_DIR"] = str(cache)
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
@@ -86,10 +94,31 @@ print(json.dumps(errors))
     ],
 )
 def test_other_shapes_have_the_same_accuracy(tmp_path, name, features, shape):
-    kept = FEATURES if features else "+sse,+sse2,+cx8,+fxsr,+mmx,+64bit"
-    errors = python(ERRORS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=kept)
+    if shape == NATIVE:  # with the kernels of all other tests
+        errors = python(ERRORS)
+    else:
+        kept = FEATURES if features else "+sse,+sse2,+cx8,+fxsr,+mmx,+64bit"
+        errors = python(ERRORS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=kept)
     assert errors.pop("shape") == shape
     assert max(errors.values()) <= 2e-6, errors
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "shape"),
+    [
+        ("znver4", "+avx2,+avx512f", (512, 32)),
+        (None, "+avx2,+avx512f", (512, 32)),
+        ("haswell", "+avx2,+avx512f", (256, 16)),
+        ("znver3", "+avx2,-avx512f", (256, 16)),
+        ("znver4", "+avx2", (256, 16)),
+        ("x86-64", "+avx2,+avx512f", (128, 16)),
+        (None, "+sse2,-avx2", (128, 16)),
+    ],
+)
+def test_names_and_features_narrow_the_shape(monkeypatch, name, features, shape):
+    monkeypatch.setattr(numba.config, "CPU_NAME", name)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+    assert _vector_unit.vector_unit() == shape
 
 
 FORCED = """
@@ -116,7 +145,8 @@ print(json.dumps(errors))
 @pytest.mark.parametrize("shape", [(512, 32), (128, 32)], ids=["AVX-512", "NEON"])
 def test_forced_shapes_have_the_same_accuracy(tmp_path, shape):
     # LLVM makes of one wide register some narrow ones
-    errors = python(FORCED.format(shape=shape) + ERRORS, tmp_path)
+    own = None if list(shape) == NATIVE else tmp_path
+    errors = python(FORCED.format(shape=shape) + ERRORS, own)
     assert errors.pop("shape") == list(shape)
     assert max(errors.values()) <= 2e-6, errors
 
