@@ -1,8 +1,14 @@
-"""Kernels that several processes left in one cache folder."""
+"""Kernels that several processes left in one cache folder, and how they are loaded from there."""
 
 import os
 import subprocess
 import sys
+
+import pytest
+from numba.core.registry import cpu_target
+from processes import finish, run, start
+
+from nbdelta.cpu import _machine_code
 
 ERRORS = """
 import sys
@@ -34,3 +40,165 @@ def test_kernels_of_different_processes_are_not_taken_for_one_another(tmp_path):
             check=False,
         )
         assert run.returncode == 0, (forms, run.stderr[-2000:])
+
+
+BACKWARD = """
+import numpy as np
+import nbdelta
+from numba.core.cpu import CPUContext
+from nbdelta.testing import make_inputs
+
+refresh, found = CPUContext.refresh, []
+CPUContext.refresh = lambda self: found.append(self) or refresh(self)
+
+for dtype in ("float32", "float64"):
+    for gate in ("gda", "kda"):
+        # items for two threads
+        call = make_inputs(0, 2, 40, 1, 2, 24, 16, gate, dtype=dtype, states=2)
+        more = {"checkpoint_interval": 16}
+        nbdelta.chunk_gated_delta_rule(**call, **more)
+        nbdelta.chunk_gated_delta_rule_bwd(**call, do=np.ones_like(call["v"]))
+print(bool(found))
+"""
+
+
+def test_kernels_that_no_warmup_loads_need_nothing_of_numba(tmp_path):
+    threads = {"NUMBA_NUM_THREADS": "2"}
+    assert run(BACKWARD, cache=tmp_path, env=threads).split() == ["True"]
+    assert run(BACKWARD, cache=tmp_path, env=threads).split() == ["False"]
+
+
+OURS = """
+x = np.arange(96, dtype=np.float32).reshape(1, 48, 2, 1)
+def ours():
+    assert np.array_equal(nbdelta.chunk_local_cumsum(x, 48), np.cumsum(x, 1))
+    assert abs(nbdelta.fused_gate(x[:, :1])[0, 0, 0, 0] + np.log(2)) < 1e-6
+"""
+# memory, dictionaries and exceptions of Numba's runtime, printing, random numbers, threads
+THEIRS = """
+@numba.njit(cache=True)
+def counts(n):
+    found = {0: np.zeros(n)}
+    for i in range(n):
+        found[i] = np.full(n, float(i))
+    return found
+
+@numba.njit
+def check(n):
+    if n > 3:
+        raise ValueError("too many")
+    return str(n) + "!"
+
+@numba.njit(parallel=True)
+def total(x):
+    s = 0.0
+    for i in numba.prange(x.size):
+        s += np.exp(x[i])
+    return s
+
+@numba.cfunc("float64(float64)")
+def tangent(x):
+    return np.sin(x) / np.cos(x)
+
+def theirs():
+    assert sum(a.sum() for a in counts(5).values()) == 50
+    assert check(3) == "3!"
+    try:
+        check(4)
+    except ValueError as error:
+        assert str(error) == "too many"
+    else:
+        raise AssertionError
+    assert total(np.zeros(100)) == 100
+    assert abs(tangent.ctypes(1.0) - np.tan(1.0)) < 1e-12
+"""
+ORDERS = {
+    "ours first": "ours(); theirs(); ours()",
+    "theirs first": "theirs(); ours(); theirs()",
+    "in threads": """
+import threading
+calls = [threading.Thread(target=f) for f in (ours, theirs) * 4]
+for t in calls: t.start()
+for t in calls: t.join()
+ours(); theirs()
+""",
+    "in forks": """
+import os
+def forked(f):
+    child = os.fork()
+    if not child:
+        f()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+forked(ours); ours(); forked(theirs); forked(ours); theirs(); forked(theirs)
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_cached_kernels_beside_other_code_of_numba(tmp_path, order):
+    if order == "in forks" and not hasattr(os, "fork"):
+        pytest.skip("there are no forks on this system")
+    # a file: Numba finds the place of its own cache by it
+    script = tmp_path / "script.py"
+    lines = ["import numba, numpy as np, nbdelta", OURS, THEIRS, "failed = []"]
+    lines += ["import threading", "threading.excepthook = failed.append", ORDERS[order]]
+    lines += ["assert not failed, failed", "print('works')"]
+    script.write_text("\n".join(lines))
+    code = f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')\n"
+    # the second time with a full cache
+    for _ in range(2):
+        assert "works" in run(code, cache=tmp_path / "cache")
+
+
+def test_code_that_needs_what_is_not_there():
+    context = cpu_target.target_context
+    assert _machine_code.load(context, b"", "entry", ["exp", "nbdelta_has_no_such_name"]) is None
+
+
+PACKED = """
+import pickle, sys
+import numpy as np
+from numba import types
+from numba.core.ccallback import CFunc
+from nbdelta.cpu import _machine_code
+
+class Keep:
+    def load_overload(self, signature, target_context):
+        return None
+
+    def save_overload(self, signature, result):
+        with open({path!r}, "wb") as file:
+            pickle.dump(_machine_code.pack(result), file)
+
+def total(n):
+    if n < 0:
+        raise ValueError(n)
+    return np.arange(n).sum()
+
+compiled = CFunc(total, ((types.int64,), types.int64), {{}}, {{}})
+compiled._cache = Keep()
+compiled.compile()
+"""
+LOADED = """
+import ctypes, pickle
+import llvmlite.binding as llvm
+from numba.core.registry import cpu_target
+from nbdelta.cpu import _machine_code
+
+with open({path!r}, "rb") as file:
+    packed = pickle.load(file)
+names = packed[-1]
+assert "NRT_Free" in names and "numba_unpickle" in names, names
+assert llvm.address_of_symbol("NRT_Free") is None
+result = _machine_code.load(cpu_target.target_context, *packed)
+address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)(5) == 10
+print("works")
+"""
+
+
+def test_code_that_needs_the_runtime_of_numba(tmp_path):
+    path = str(tmp_path / "packed")
+    finish(start(PACKED.format(path=path)))
+    assert "works" in run(LOADED.format(path=path))

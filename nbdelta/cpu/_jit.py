@@ -19,11 +19,12 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.serialize import dumps
 from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
+from numba.extending import intrinsic
 
 from nbdelta.cpu._float_mode import begin_flushing, end_flushing
+from nbdelta.cpu._machine_code import load, pack
 from nbdelta.forks import wait_for
 
 # Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
@@ -110,6 +111,24 @@ def njit():
     return numba.njit(no_cpython_wrapper=True, pipeline_class=_HelperCompiler, **_OPTIONS)
 
 
+@intrinsic
+def _call(typingctx, function, desc, worker):
+    """Call a function that never raises.
+
+    Numba would make an exception of what it returns, and its code then needs Python and Numba.
+    """
+    dispatcher = function.dispatcher
+    dispatcher.compile(SIGNATURE)
+
+    def codegen(context, builder, signature, args):
+        result = dispatcher.overloads[SIGNATURE.args]
+        context.add_linking_libs([result.library])
+        context.call_internal_no_propagate(builder, result.fndesc, SIGNATURE, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(function, desc, worker), codegen
+
+
 def parallel(function):
     """Compile a function with a ``prange`` that Python calls."""
     return numba.njit(parallel=True, **_OPTIONS)(function)
@@ -124,7 +143,7 @@ class _Entry(CompileResultCacheImpl):
         return hashlib.sha256(repr(self.key).encode() + code).digest()
 
     def reduce(self, result):
-        code = dumps(super().reduce(result))
+        code = pickle.dumps(pack(result))
         return self._digest(code), code
 
     def rebuild(self, target_context, entry):
@@ -132,7 +151,17 @@ class _Entry(CompileResultCacheImpl):
         # Two processes that begin at once may give two kernels the same file
         if digest != self._digest(code):
             raise ValueError("not this kernel, or damaged")
-        return super().rebuild(target_context, pickle.loads(code))
+        return load(target_context.numbas, *pickle.loads(code))
+
+
+class _NotRefreshed:
+    """Numba's target context for the look into the cache, which would refresh it first."""
+
+    def __init__(self, context):
+        self.numbas, self.codegen = context, context.codegen
+
+    def refresh(self):
+        """Import nothing: code that is there needs no compiler."""
 
 
 class _Cache(FunctionCache):
@@ -154,7 +183,7 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig, target_context):
         try:
-            return super().load_overload(sig, target_context)
+            return super().load_overload(sig, _NotRefreshed(target_context))
         except Exception:  # whatever unpickling something else may raise
             with contextlib.suppress(OSError):
                 self.flush()
@@ -211,7 +240,7 @@ def kernel(*key):
         # here for all kernels, however they are called; none of them raises
         def entry(desc, worker):
             mode = begin_flushing()
-            body(desc, worker)
+            _call(body, desc, worker)
             end_flushing(mode)
 
         entry.__qualname__ = function.__qualname__  # what profiles and Numba's events show
