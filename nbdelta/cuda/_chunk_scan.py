@@ -59,7 +59,6 @@ from nbdelta.cuda._memory_tiles import make_state, make_store_elements, make_sto
 from nbdelta.cuda._ptx import (
     commit_copies,
     copy_async,
-    load_shared,
     shared_address,
     uniform,
     wait_for_all_but_last_copies,
@@ -73,8 +72,8 @@ from nbdelta.cuda._tiles import (
     make_scale,
     make_stash,
     make_times_rows,
-    make_times_tile,
     make_times_triangle,
+    make_update,
     make_values,
     make_zeros,
 )
@@ -123,12 +122,11 @@ def _make_chain(form, columns, layout):
     put_state, _ = make_stash(width * size // 8, register)
     put_update, _ = make_stash(tokens * size // 8, register)
     times_keys = make_times_rows(kind, tokens, width, planes, tile_planes)
-    times_tile = make_times_tile(kind, tokens, width, planes, tile_planes)
+    update = make_update(kind, tokens, width, planes, tile_planes, per_channel)
     times_triangle = make_times_triangle(kind, tokens, planes)
     residual = make_residual(tokens // 2)
-    of_tokens, of_channels = make_columns(tokens // 4), make_columns(width // 4)
+    of_tokens = make_columns(tokens // 4)
     scale_tokens = make_scale(tokens // 2, True)
-    scale_state = make_scale(width // 2, per_channel)
     values = make_values(kind, inputs, tokens, 2 * columns, layout.value_plane)
 
     @device
@@ -147,11 +145,11 @@ def _make_chain(form, columns, layout):
         u = times_triangle(zeros(), operand(x), keys + T + 16 * lane)
         put_update(stash + U, operand(u))
         if per_channel:
-            s = scale_state(s, of_channels(own + LAST))
+            decays = uint32(own + LAST)
         else:
             u = scale_tokens(u, of_tokens(own + BETA + 2 * vector))
-            s = scale_state(s, load_shared(uint32(keys + LAST)))
-        return times_tile(s, operand(u), keys + UPDATE + column_lane(lane, pitch))
+            decays = uint32(keys + LAST)
+        return update(s, operand(u), keys + UPDATE + column_lane(lane, pitch), decays)
 
     return advance
 
@@ -290,16 +288,16 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
             row = (lane & 7) + ((lane >> 4) << 3)
             value = place(row, 2 * warp + ((lane >> 3) & 1))
             k_left, v_left = int32(desc[K]) - int32(2 * c), int32(desc[V]) - column
+            kept = array_at(desc, CHECKPOINTS)
+            interval, slot = uint32(desc[INTERVAL]), uint32(0)
+            if kept[0] != 0:
+                slot = uint32(first_checkpoint(desc, seq) - 1)
             s = zeros_state()
             h0 = array_at(desc, H0)
             if h0[0] != 0:
                 s = load_state(
                     at(h0, seq, hv, 2 * c) + column * h0[5], h0[4], h0[5], k_left, v_left
                 )
-            kept = array_at(desc, CHECKPOINTS)
-            interval, slot = uint32(desc[INTERVAL]), uint32(0)
-            if kept[0] != 0:
-                slot = uint32(first_checkpoint(desc, seq) - 1)
             for i in range(chunks):
                 cuda.syncthreads()
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)

@@ -128,9 +128,25 @@ def _multiply(kind, lanes):
     a = _real(kind, a).reshape(8, 4, 2, 2, 2).transpose(3, 0, 2, 1, 4).reshape(16, 16)
     # (g, c, lower half of the rows, one of a pair)
     b = _real(kind, b).reshape(8, 4, 2, 2).transpose(2, 1, 3, 0).reshape(16, 8)
-    product = a.astype(np.float64) @ b.astype(np.float64)
-    product = product.reshape(2, 8, 4, 2).transpose(1, 2, 0, 3).reshape(32, 4)
-    return list((acc + product).astype(np.float32))
+    acc = acc.reshape(8, 4, 2, 2).transpose(2, 0, 1, 3).reshape(16, 1, 8)
+    terms = a.astype(np.float64)[:, :, None] * b.astype(np.float64)
+    total = _cut_off_sum(np.concatenate([acc, terms], 1))
+    return list(total.reshape(2, 8, 4, 2).transpose(1, 2, 0, 3).reshape(32, 4))
+
+
+def _cut_off_sum(terms):
+    """Sums along axis 1 as Hopper's tensor cores make them.
+
+    They cut off, towards zero, what of a term is below the 25th bit after the first of the largest
+    one, and then what of the sum is below the last bit of a float32.
+    """
+    with np.errstate(all="ignore"):
+        largest = np.frexp(np.abs(terms).max(1, keepdims=True))[1]
+        unit = np.ldexp(1.0, np.maximum(largest, -125) - 26)
+        total = (np.trunc(terms / unit) * unit).sum(1)
+        near = total.astype(np.float32)
+        cut = np.where(np.abs(near) > np.abs(total), np.nextafter(near, np.float32(0)), near)
+    return np.where(np.isfinite(total), cut, near)
 
 
 class Lanes:

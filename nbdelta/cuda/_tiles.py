@@ -251,28 +251,38 @@ def make_times_rows(kind, tokens, K, planes, inputs, stashed=False):
 
 
 @cache
-def make_times_tile(kind, tokens, K, planes, inputs):
-    """``acc + a X``, X the rows of a tile: address by `column_lane`."""
-    pitch = 2 * K
+def make_update(kind, tokens, K, planes, inputs, per_channel):
+    """``decay state + a X``, X the rows of a tile: address by `column_lane`.
 
-    @tile(registers(K // 2), registers(K // 2), operand(planes, tokens), u32)
-    def times_tile(e, acc, a, address):
-        steps = column_steps(e, address, K // 16)
-        for t in range(tokens // 16):
-            left = left_operand(e, kind, planes, a, t)
-            for s, (at, offset) in enumerate(steps):
-                o = 8 * s
-                right = [
-                    e.ldmatrix(at, (p * tokens + 16 * t) * pitch + offset, trans=True)
-                    for p in range(inputs)
-                ]
-                for h in range(2):
-                    columns = [r[2 * h : 2 * h + 2] for r in right]
-                    acc[o : o + 4] = multiply(e, kind, acc[o : o + 4], left, columns)
-                    o += 4
-        return acc
+    `decays`: address of the one decay, or + 8 c of those of the columns.
 
-    return times_tile
+    Tensor cores cut off what is below the last bit of a sum, always towards zero, so a state that
+    goes through every product of a long sequence would fade. Where it is to be as exact as float32,
+    the products of a chunk have a sum of their own. (A state of 256 rows leaves no registers.)
+    """
+    pitch, blocks = 2 * K, range(tokens // 16)
+    apart = planes == 3 and K <= 128
+
+    @tile(registers(K // 2), registers(K // 2), operand(planes, tokens), u32, u32)
+    def update(e, state, a, address, decays):
+        left = [left_operand(e, kind, planes, a, t) for t in blocks]
+        decay = [] if per_channel else 2 * e.load_shared(1, True, decays)
+        for s, (at, offset) in enumerate(column_steps(e, address, K // 16)):
+            rows = [[(p * tokens + 16 * t) * pitch for p in range(inputs)] for t in blocks]
+            right = [[e.ldmatrix(at, r + offset, trans=True) for r in block] for block in rows]
+            for h in range(2):
+                o = 8 * s + 4 * h
+                if per_channel:
+                    decay = e.load_shared(2, True, decays, 8 * o)
+                decayed = [e.mul(x, decay[i % 2]) for i, x in enumerate(state[o : o + 4])]
+                total = [e.f32(0.0)] * 4 if apart else decayed
+                for t in blocks:
+                    columns = [r[2 * h : 2 * h + 2] for r in right[t]]
+                    total = multiply(e, kind, total, left[t], columns)
+                state[o : o + 4] = [e.add(*x) for x in zip(decayed, total)] if apart else total
+        return state
+
+    return update
 
 
 @cache
