@@ -90,7 +90,13 @@ def test_numba_cuda_stays_in_its_room():
 def test_code_is_emitted_in_few_places():
     """Assembly has one file in each room, LLVM IR those that say what memory and numbers are."""
     assembly = [CPU / "_emit_memory.py", CUDA / "_ptx.py"]
-    names = ("_atomic.py", "_descriptor.py", "_float_mode.py", "_vector_unit.py")
+    names = (
+        "_atomic.py",
+        "_descriptor.py",
+        "_float_mode.py",
+        "_machine_code.py",
+        "_vector_unit.py",
+    )
     emitters = [CPU / name for name in names]
     emitters += [*assembly, *(CPU / f"{name}.py" for name in ("_simd", "_llvm", "_emit_numbers"))]
     emitters += [CUDA / name for name in ("_memory.py", "_shared.py", "_state.py", "_step.py")]

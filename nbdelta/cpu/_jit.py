@@ -21,10 +21,9 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
-from numba.extending import intrinsic
 
 from nbdelta.cpu._float_mode import begin_flushing, end_flushing
-from nbdelta.cpu._machine_code import load, pack
+from nbdelta.cpu._machine_code import call, load, pack
 from nbdelta.forks import wait_for
 
 # Numba's disk cache notices an edit of the file that defines a kernel, not of the files it
@@ -109,24 +108,6 @@ def njit():
     infinities and the order of every sum stay as written.
     """
     return numba.njit(no_cpython_wrapper=True, pipeline_class=_HelperCompiler, **_OPTIONS)
-
-
-@intrinsic
-def _call(typingctx, function, desc, worker):
-    """Call a function that never raises.
-
-    Numba would make an exception of what it returns, and its code then needs Python and Numba.
-    """
-    dispatcher = function.dispatcher
-    dispatcher.compile(SIGNATURE)
-
-    def codegen(context, builder, signature, args):
-        result = dispatcher.overloads[SIGNATURE.args]
-        context.add_linking_libs([result.library])
-        context.call_internal_no_propagate(builder, result.fndesc, SIGNATURE, args[1:])
-        return context.get_dummy_value()
-
-    return types.void(function, desc, worker), codegen
 
 
 def parallel(function):
@@ -240,7 +221,7 @@ def kernel(*key):
         # here for all kernels, however they are called; none of them raises
         def entry(desc, worker):
             mode = begin_flushing()
-            _call(body, desc, worker)
+            call(body, desc, worker)
             end_flushing(mode)
 
         entry.__qualname__ = function.__qualname__  # what profiles and Numba's events show

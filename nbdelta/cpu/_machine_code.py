@@ -7,10 +7,29 @@ longer than everything else that a call does in a new process.
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
-from numba.core import config
+from numba.core import config, types
+from numba.extending import intrinsic
 
 # the code stays as long as the process: threads may run it, and others know its address
 _engines = []
+
+
+@intrinsic
+def call(typingctx, function, desc, worker):
+    """Call a function that never raises.
+
+    Numba would make an exception of what it returns, and its code then needs Python and Numba.
+    """
+    dispatcher, signature = function.dispatcher, types.void(desc, worker)
+    dispatcher.compile(signature)
+
+    def codegen(context, builder, _, args):
+        result = dispatcher.overloads[signature.args]
+        context.add_linking_libs([result.library])
+        context.call_internal_no_propagate(builder, result.fndesc, signature, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(function, desc, worker), codegen
 
 
 def pack(result):

@@ -127,12 +127,14 @@ def _make_by_warps(dtype, KP):
 
     @tile(registers(n // 2), registers(n // 2), registers(8), u32)
     def write(e, state, values, address):
+        # a sum of its own for every block, as in `make_update`
         left = split(e, kind, planes, values)
         for i in range(n // 16):
             right = [e.ldmatrix(address, p * plane_bytes + i * step) for p in range(planes)]
             for h in (0, 4):
                 columns, o = [r[h // 2 : h // 2 + 2] for r in right], 8 * i + h
-                state[o : o + 4] = multiply(e, kind, state[o : o + 4], left, columns)
+                total = multiply(e, kind, [e.f32(0.0)] * 4, left, columns)
+                state[o : o + 4] = [e.add(x, y) for x, y in zip(state[o : o + 4], total)]
         return state
 
     @device

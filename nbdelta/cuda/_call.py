@@ -123,10 +123,10 @@ def sequence(desc, n):
 @device
 def first_checkpoint(desc, n):
     """Number of the first checkpoint of sequence n: the sequences before it have as many."""
-    count = uint32(0)
+    count = 0
     for m in range(n):
         _, bos, eos = sequence(desc, m)
-        count += divided(uint32(eos - bos), uint32(desc[INTERVAL]))[0]
+        count += int32(divided(uint32(eos - bos), uint32(desc[INTERVAL]))[0])
     return count
 
 
