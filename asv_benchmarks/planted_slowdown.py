@@ -14,7 +14,7 @@ from pathlib import Path
 
 # on one thread: a product on all cores is at the mercy of whatever else runs
 BENCHMARKS = r"Prefill\.track_over_floor\('cpu-1-thread.*(512|2k)"
-ROUNDS = 3  # what slows a machine down for minutes is not taken for a commit's
+ROUNDS = 5  # what slows a machine down for minutes is not taken for a commit's
 HOST = Path("nbdelta/cpu/chunk.py")
 PLANTED = """
 _right = start
