@@ -58,8 +58,10 @@ def rows(threads, step):
 
 def table(made):
     """Return the rows as a table."""
+    threads = made[0]["threads"]
     found = out.table(
-        f"forward + backward through torch, float32, {made[0]['threads']} threads: least ms",
+        "forward + backward through torch, float32, "
+        f"{threads} thread{'s' if threads > 1 else ''}: least ms",
         *("case", ">nbdelta", ">torch", ">x", ">difference"),
     )
     for row in made:
