@@ -60,8 +60,8 @@ def update_kernel(desc):
     cuda.syncthreads()
     s = ones()
     for _ in range(UPDATES):
-        tile = uint32(base + column_lane(lane, 2 * K))
-        s = update(s, values(), tile, uint32(base + 3 * PLANE))
+        keys = uint32(base + column_lane(lane, 2 * K))
+        s = update(s, values(), keys, uint32(base + 3 * PLANE))
     put_state(s, uint64(desc[0]) + uint64(2 * K) * uint64(lane))
 
 

@@ -1,6 +1,7 @@
 """Kernels that several processes left in one cache folder, and how they are loaded from there."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from numba.core.registry import cpu_target
 from processes import finish, run, start
 
-from nbdelta.cpu import _machine_code
+from nbdelta.cpu import _jit, _machine_code
 
 ERRORS = """
 import sys
@@ -121,6 +122,7 @@ ours(); theirs()
 """,
     "in forks": """
 import os
+import pickle
 def forked(f):
     child = os.fork()
     if not child:
@@ -149,6 +151,19 @@ def test_cached_kernels_beside_other_code_of_numba(tmp_path, order):
         assert "works" in run(code, cache=tmp_path / "cache")
 
 
+def test_entries_that_are_damaged_or_of_another_kernel():
+    entry = object.__new__(_jit._Entry)
+    code = pickle.dumps((b"code", "entry", ["nbdelta_has_no_such_name"]))
+    digest = entry._digest(code)
+    context = _jit._NotRefreshed(cpu_target.target_context)
+    assert entry.rebuild(context, (digest, code)) is None  # for the name alone
+    with pytest.raises(ValueError, match="damaged"):
+        entry.rebuild(context, (digest, code.replace(b"code", b"cord")))
+    entry.key = "another"
+    with pytest.raises(ValueError, match="not this kernel"):
+        entry.rebuild(context, (digest, code))
+
+
 def test_code_that_needs_what_is_not_there():
     context = cpu_target.target_context
     assert _machine_code.load(context, b"", "entry", ["exp", "nbdelta_has_no_such_name"]) is None
@@ -159,7 +174,7 @@ import pickle, sys
 import numpy as np
 from numba import types
 from numba.core.ccallback import CFunc
-from nbdelta.cpu import _machine_code
+from nbdelta.cpu import _jit, _machine_code
 
 class Keep:
     def load_overload(self, signature, target_context):
@@ -182,7 +197,7 @@ LOADED = """
 import ctypes, pickle
 import llvmlite.binding as llvm
 from numba.core.registry import cpu_target
-from nbdelta.cpu import _machine_code
+from nbdelta.cpu import _jit, _machine_code
 
 with open({path!r}, "rb") as file:
     packed = pickle.load(file)

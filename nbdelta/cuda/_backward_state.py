@@ -106,7 +106,7 @@ def _make_by_warps(dtype, KP):
 
     get_fragment, put_fragment = shared_reader(REAL, fragment(n)), shared_writer(REAL, fragment(n))
     get_values, put_sums = (f(REAL, fragment(BLOCK)) for f in (shared_reader, shared_writer))
-    decays, scale = make_columns(n // 4), make_scale(n // 2, True)
+    decays, scale = make_columns(n // 4), make_scale(n // 2)
 
     @tile(void, u32, registers(BLOCK))
     def store_tokens(e, address, x):

@@ -126,7 +126,7 @@ def _make_chain(form, columns, layout):
     times_triangle = make_times_triangle(kind, tokens, planes)
     residual = make_residual(tokens // 2)
     of_tokens = make_columns(tokens // 4)
-    scale_tokens = make_scale(tokens // 2, True)
+    scale_tokens = make_scale(tokens // 2)
     values = make_values(kind, inputs, tokens, 2 * columns, layout.value_plane)
 
     @device
@@ -167,7 +167,7 @@ def _make_output(form, layout):
     tile_planes = planes if per_channel else form.inputs
     times_queries = make_times_rows(kind, tokens, width, planes, tile_planes, stashed=True)
     times_triangle = make_times_triangle(kind, tokens, planes)
-    of_tokens, scale_tokens = make_columns(tokens // 4), make_scale(tokens // 2, True)
+    of_tokens, scale_tokens = make_columns(tokens // 4), make_scale(tokens // 2)
 
     @device
     def output(queries, lane, stash):

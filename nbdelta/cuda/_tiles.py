@@ -125,14 +125,12 @@ def make_negated(n):
 
 
 @cache
-def make_scale(n, columns):
-    """A tile times a number, or times one per column."""
+def make_scale(n):
+    """A tile times a number per column."""
 
-    @tile(registers(n), registers(n), registers(n // 2) if columns else f32)
+    @tile(registers(n), registers(n), registers(n // 2))
     def scale(e, x, s):
-        if columns:
-            return [e.mul(x[i], s[i // 4 * 2 + i % 2]) for i in range(n)]
-        return [e.mul(y, s) for y in x]
+        return [e.mul(x[i], s[i // 4 * 2 + i % 2]) for i in range(n)]
 
     return scale
 
