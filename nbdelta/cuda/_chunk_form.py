@@ -46,6 +46,16 @@ class Form(NamedTuple):
         return 1 if self.planes == 1 else 2
 
     @property
+    def shares(self):
+        """Warps that a state is shared out to: float32 of 256 channels is too much for one."""
+        return 2 if self.K == 256 and self.planes == 3 else 1
+
+    @property
+    def share(self):
+        """Channels of a state that a warp has."""
+        return self.K // self.shares
+
+    @property
     def blocks(self):
         """16 x 16 blocks in the lower triangle of a chunk."""
         return triangle(self.tokens // 16, 0)

@@ -9,8 +9,9 @@ next product, so nothing is handed around in the chain
     U^T = R^T T^T
     S^T = e^G_last S^T + (e^(G_last - G) U^T) K
 
-(With a gate per channel e^G is in the tiles, and e^G_last is one factor per channel.) Beside every
-such warp another one works a chunk behind it,
+(With a gate per channel e^G is in the tiles, and e^G_last is one factor per channel.) Where K is
+too long for the registers of a warp, two have half of it each: X^T is the sum of what they make,
+and from there on to U^T both do the same. Beside every chain another warp works a chunk behind it,
 
     O^T = scale e^G S^T Q^T + U^T P^T
 
@@ -66,6 +67,7 @@ from nbdelta.cuda._ptx import (
 )
 from nbdelta.cuda._tile_functions import f32, int32, u32, uint32, uint64
 from nbdelta.cuda._tiles import (
+    make_add,
     make_columns,
     make_operand,
     make_residual,
@@ -109,9 +111,9 @@ def _aligned(x):
 
 def _make_chain(form, columns, layout):
     """The state of 16 columns after a chunk; S and U are left for the output."""
-    kind, width, tokens, planes, inputs = form.kind, form.K, form.tokens, form.planes, form.inputs
-    per_channel = form.per_channel
-    pitch, vector, triangle_bytes = 2 * width, form.vector, planes * form.triangle_plane
+    kind, tokens, planes, inputs = form.kind, form.tokens, form.planes, form.inputs
+    width, shares, per_channel = form.share, form.shares, form.per_channel
+    pitch, vector, triangle_bytes = 2 * form.K, form.vector, planes * form.triangle_plane
     tile_planes = planes if per_channel else inputs
     T = layout.keys_record
     BETA, LAST = T + triangle_bytes, T + form.key_record - form.last
@@ -121,8 +123,11 @@ def _make_chain(form, columns, layout):
     register, size = (u32, 2) if planes == 1 else (f32, 4)
     put_state, _ = make_stash(width * size // 8, register)
     put_update, _ = make_stash(tokens * size // 8, register)
-    times_keys = make_times_rows(kind, tokens, width, planes, tile_planes)
-    update = make_update(kind, tokens, width, planes, tile_planes, per_channel)
+    put_sum, get_sum = make_stash(tokens // 2, f32)
+    add = make_add(tokens // 2)
+    STASH = 16 * width * size  # of a share of a state
+    times_keys = make_times_rows(kind, tokens, width, planes, tile_planes, pitch)
+    update = make_update(kind, tokens, width, planes, tile_planes, per_channel, pitch)
     times_triangle = make_times_triangle(kind, tokens, planes)
     residual = make_residual(tokens // 2)
     of_tokens = make_columns(tokens // 4)
@@ -130,11 +135,16 @@ def _make_chain(form, columns, layout):
     values = make_values(kind, inputs, tokens, 2 * columns, layout.value_plane)
 
     @device
-    def advance(s, keys, value, lane, stash):
-        """`value`: offset of the lane's row of V."""
-        a = state_operand(s)
-        put_state(stash, a)
-        x = times_keys(zeros(), a, keys + row_lane(lane, pitch))
+    def advance(s, keys, value, lane, stash, share):
+        """`value`: offset of the lane's row of V; `share`: which one of the state S is."""
+        a, columns = state_operand(s), uint32(2 * width * share)
+        x = times_keys(zeros(), a, keys + columns + row_lane(lane, pitch))
+        if shares > 1:
+            # where the other one's state will be, which comes after it has read this
+            put_sum(stash + (1 - share) * STASH, x)
+            cuda.syncthreads()
+            x = add(x, get_sum(stash + share * STASH))
+        put_state(stash + share * STASH, a)
         own = uint32(keys + 8 * (lane & 3))
         beta = of_tokens(own + BETA)
         if per_channel:
@@ -143,13 +153,14 @@ def _make_chain(form, columns, layout):
             gated = of_tokens(own + BETA + vector)
         x = residual(values(keys + VALUES + value), x, beta, gated)
         u = times_triangle(zeros(), operand(x), keys + T + 16 * lane)
-        put_update(stash + U, operand(u))
+        if shares == 1 or share == 0:
+            put_update(stash + U, operand(u))
         if per_channel:
-            decays = uint32(own + LAST)
+            decays = uint32(own + LAST + 2 * columns)
         else:
             u = scale_tokens(u, of_tokens(own + BETA + 2 * vector))
             decays = uint32(keys + LAST)
-        return update(s, operand(u), keys + UPDATE + column_lane(lane, pitch), decays)
+        return update(s, operand(u), keys + UPDATE + columns + column_lane(lane, pitch), decays)
 
     return advance
 
@@ -165,7 +176,7 @@ def _make_output(form, layout):
     register, size = (u32, 2) if planes == 1 else (f32, 4)
     _, get_update = make_stash(tokens * size // 8, register)
     tile_planes = planes if per_channel else form.inputs
-    times_queries = make_times_rows(kind, tokens, width, planes, tile_planes, stashed=True)
+    times_queries = make_times_rows(kind, tokens, width, planes, tile_planes, pitch, stashed=True)
     times_triangle = make_times_triangle(kind, tokens, planes)
     of_tokens, scale_tokens = make_columns(tokens // 4), make_scale(tokens // 2)
 
@@ -243,9 +254,9 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
     `stages`: of key tiles, and of query tiles, in shared memory; `out_rows`: whether 16 columns of
     o are 32 aligned bytes.
     """
-    width, tokens = form.K, form.tokens
+    width, tokens, shares = form.share, form.tokens, form.shares
     warps = columns // 16
-    threads = 32 * warps  # of a role
+    threads = 32 * warps  # that put out; chains have `shares` times as many
     layout = Layout(form, columns, stages)
     KEYS, QUERIES, STASH = layout.keys, layout.queries, layout.stash
     ALL_QUERIES, ALL_STASHES = layout.all_queries, layout.all_stashes
@@ -259,7 +270,7 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
     else:
         store_output = make_store_elements(out_dtype, tokens)
 
-    @kernel(2 * threads)
+    @kernel((shares + 1) * threads)
     def chunk_scan_kernel(desc):
         base = shared_address(cuda.shared.array(0, u32))
         t = uint32(cuda.threadIdx.x)
@@ -283,11 +294,15 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
         # Both roles meet once per chunk, `chunks` + 1 times in all. In turn i chains work on
         # chunk i and the others put out chunk i - 1, so that everything has at least two places:
         # what is written in a turn is read in the next one, or was last read in the turn before.
-        if warp < warps:
-            column = int32(v0 + 16 * warp + g)
+        # (Chains of several warps have to meet within a turn, and all do.)
+        if warp < shares * warps:
+            share = uint32(0)
+            if shares > 1:
+                share, warp = divided(warp, uint32(warps))
+            column, channel = int32(v0 + 16 * warp + g), uint32(width * share + 2 * c)
             row = (lane & 7) + ((lane >> 4) << 3)
             value = place(row, 2 * warp + ((lane >> 3) & 1))
-            k_left, v_left = int32(desc[K]) - int32(2 * c), int32(desc[V]) - column
+            k_left, v_left = int32(desc[K]) - int32(channel), int32(desc[V]) - column
             kept = array_at(desc, CHECKPOINTS)
             interval, slot = uint32(desc[INTERVAL]), uint32(0)
             if kept[0] != 0:
@@ -296,28 +311,28 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
             h0 = array_at(desc, H0)
             if h0[0] != 0:
                 s = load_state(
-                    at(h0, seq, hv, 2 * c) + column * h0[5], h0[4], h0[5], k_left, v_left
+                    at(h0, seq, hv, channel) + column * h0[5], h0[4], h0[5], k_left, v_left
                 )
             for i in range(chunks):
                 cuda.syncthreads()
                 stash = uint32(base + ALL_STASHES + ((i & 1) * warps + warp) * STASH + 16 * lane)
-                s = advance(s, uint32(base + i % stages * KEYS), value, lane, stash)
+                s = advance(s, uint32(base + i % stages * KEYS), value, lane, stash, share)
                 if kept[0] != 0:
                     start, count = chunk_span(desc, i, length, tokens)
                     nth, over = divided(uint32(start + count), interval)
                     number = uint32(slot + nth)
                     if over == 0 and number < uint32(desc[ROOM]):
-                        own = at(kept, number, hv, 2 * c)
+                        own = at(kept, number, hv, channel)
                         own += column * kept[5]
                         store_state(s, own, kept[4], kept[5], k_left, v_left)
             cuda.syncthreads()
             ht = array_at(desc, HT)
             if ht[0] != 0:
-                own = at(ht, seq, hv, 2 * c) + column * ht[5]
+                own = at(ht, seq, hv, channel) + column * ht[5]
                 store_state(s, own, ht[4], ht[5], k_left, v_left)
         else:
-            warp = uint32(warp - warps)
-            t = uint32(t - threads)
+            warp = uint32(warp - shares * warps)
+            t = uint32(t - shares * threads)
             column = int32(v0 + 16 * warp)
             o = array_at(desc, O)
             for i in range(1 - stages, chunks + 1):
@@ -341,6 +356,8 @@ def scan_kernel(form, columns, stages, state_dtype, out_dtype, out_rows):
                     target = uint32(base + ALL_QUERIES + m % stages * QUERIES)
                     fetch_queries(desc, target, number, b, bos + start, count, hk, t)
                 commit_copies()
+                if shares > 1 and 0 <= i < chunks:
+                    cuda.syncthreads()
                 m = i - 1
                 if m >= 0:
                     start, count = chunk_span(desc, m, length, tokens)

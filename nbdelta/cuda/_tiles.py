@@ -136,6 +136,17 @@ def make_scale(n):
 
 
 @cache
+def make_add(n):
+    """The sum of two tiles."""
+
+    @tile(registers(n), registers(n), registers(n))
+    def add(e, x, y):
+        return [e.add(*pair) for pair in zip(x, y)]
+
+    return add
+
+
+@cache
 def make_residual(n):
     """``b v - w x`` with b and w per column."""
 
@@ -223,9 +234,11 @@ def stashed_operand(e, kind, planes, stash, s):
 
 
 @cache
-def make_times_rows(kind, tokens, K, planes, inputs, stashed=False):
-    """``acc + a X^T``, X the rows of a tile (address by `row_lane`), a in registers or a stash."""
-    pitch = 2 * K
+def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
+    """``acc + a X^T``, X the rows of a tile (address by `row_lane`), a in registers or a stash.
+
+    `pitch`: bytes of a row, which may have more than K columns.
+    """
     operand_of, type_of_a = left_operand, operand(planes, K)
     if stashed:
         operand_of, type_of_a = stashed_operand, u32
@@ -249,17 +262,16 @@ def make_times_rows(kind, tokens, K, planes, inputs, stashed=False):
 
 
 @cache
-def make_update(kind, tokens, K, planes, inputs, per_channel):
-    """``decay state + a X``, X the rows of a tile: address by `column_lane`.
+def make_update(kind, tokens, K, planes, inputs, per_channel, pitch):
+    """``decay state + a X``, X the rows of a tile, `pitch` bytes each: address by `column_lane`.
 
     `decays`: address of the one decay, or + 8 c of those of the columns.
 
     Tensor cores cut off what is below the last bit of a sum, always towards zero, so a state that
     goes through every product of a long sequence would fade. Where it is to be as exact as float32,
-    the products of a chunk have a sum of their own. (A state of 256 rows leaves no registers.)
+    the products of a chunk have a sum of their own.
     """
-    pitch, blocks = 2 * K, range(tokens // 16)
-    apart = planes == 3 and K <= 128
+    blocks, apart = range(tokens // 16), planes == 3
 
     @tile(registers(K // 2), registers(K // 2), operand(planes, tokens), u32, u32)
     def update(e, state, a, address, decays):
