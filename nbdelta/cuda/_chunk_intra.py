@@ -106,7 +106,8 @@ def _make_grams(form):
     width, per_channel = form.K, form.per_channel
     pitch, queries = 2 * width, form.inputs * form.plane_bytes
     GATES, gate_pitch = layout(form)[3], form.gate_pitch
-    gram = make_gram(form.kind, width, form.inputs, form.plane_bytes)
+    channels = min(width, 128)  # of a call: with more there are not enough registers
+    gram = make_gram(form.kind, channels, form.inputs, form.plane_bytes)
     channel_gram, diagonal_gram = make_channel_gram(form), make_diagonal_gram(form)
 
     @device
@@ -119,14 +120,17 @@ def _make_grams(form):
         ki = uint32(base + column_lane(lane, pitch) + 16 * w * pitch)
         kj = uint32(base + column_lane(lane, pitch) + 16 * j * pitch)
         qi = uint32(ki + queries)
+        x = zeros16()
         if not per_channel:
-            return gram(kj, ki, qi)
+            for i in range(width // channels):
+                o = uint32(2 * channels * i)
+                x = gram(x, uint32(kj + o), uint32(ki + o), uint32(qi + o))
+            return x
         g = uint32(lane >> 2)
         gates = uint32(base + GATES + 8 * (lane & 3))
         first = uint32(gates + 16 * w * gate_pitch)
         gi = uint32(first + g * gate_pitch)
         gj = uint32(gates + (16 * j + g) * gate_pitch)
-        x = zeros16()
         if w == j:
             levels = zeros72()
             for i in range(width // 16):

@@ -11,16 +11,15 @@ from nbdelta.cuda._tiles import column_steps, difference, join, multiply_tile, s
 
 
 @cache
-def make_gram(kind, K, inputs, plane_bytes):
-    """Products of 16 rows with 16 rows: k_j k_i (transposed) and q_i k_j.
+def make_gram(kind, channels, inputs, plane_bytes):
+    """Products of 16 rows with 16 rows: k_j k_i (transposed) and q_i k_j; some channels a call.
 
     The addresses of rows j of K and of rows i of K and Q are by `column_lane`.
     """
 
-    @tile(registers(16), u32, u32, u32)
-    def gram(e, kj, ki, qi):
-        acc = [e.f32(0.0)] * 16
-        steps = [column_steps(e, x, K // 16) for x in (kj, ki, qi)]
+    @tile(registers(16), registers(16), u32, u32, u32)
+    def gram(e, acc, kj, ki, qi):
+        steps = [column_steps(e, x, channels // 16) for x in (kj, ki, qi)]
         for step in zip(*steps):
             j, i, q = (
                 [e.ldmatrix(at, offset + p * plane_bytes) for p in range(inputs)]

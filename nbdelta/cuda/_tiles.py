@@ -65,10 +65,20 @@ def halves(planes):
 
 
 def multiply_tile(e, kind, acc, a, b):
-    """16 x 16 ``acc + a b``, the planes of b given as those of its transpose."""
+    """16 x 16 ``acc + a b``, the planes of b given as those of its transpose.
+
+    Tensor cores cut off what is below the last bit of a sum, always towards zero. Where the result
+    is to be as exact as float32, in three planes, a product has a sum of its own.
+    """
+    out = []
     for h, columns in enumerate(halves(b)):
-        acc[4 * h : 4 * h + 4] = multiply(e, kind, acc[4 * h : 4 * h + 4], a, columns)
-    return acc
+        part = acc[4 * h : 4 * h + 4]
+        if max(len(a), len(b)) < 3:
+            out += multiply(e, kind, part, a, columns)
+        else:
+            total = multiply(e, kind, [e.f32(0.0)] * 4, a, columns)
+            out += [e.add(*x) for x in zip(part, total)]
+    return out
 
 
 def left_operand(e, kind, planes, a, s):
