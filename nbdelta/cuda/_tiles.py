@@ -50,12 +50,18 @@ def join(e, kind, planes):
     return out
 
 
-def multiply(e, kind, acc, a, b):
-    """``acc + a b`` for planes of operands, without the pairs below their precision."""
+def multiply(e, kind, acc, a, b, rest=None):
+    """``acc + a b`` for planes of operands, without the pairs below their precision.
+
+    `rest`: a list that takes what all but the pair of first planes add, as a sum of its own.
+    """
     n = max(len(a), len(b))
     pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < n]
     for i, j in sorted(pairs, key=sum, reverse=True):  # small terms first
-        acc = e.mma(kind, acc, a[i], b[j])
+        if rest is not None and i + j:
+            rest[:] = e.mma(kind, rest, a[i], b[j])
+        else:
+            acc = e.mma(kind, acc, a[i], b[j])
     return acc
 
 
@@ -248,6 +254,9 @@ def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
     """``acc + a X^T``, X the rows of a tile (address by `row_lane`), a in registers or a stash.
 
     `pitch`: bytes of a row, which may have more than K columns.
+
+    In three planes the small products have a sum of their own, so that a tenth as much is cut off:
+    for one of every 16 channels there are no registers.
     """
     operand_of, type_of_a = left_operand, operand(planes, K)
     if stashed:
@@ -255,6 +264,7 @@ def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
 
     @tile(registers(tokens // 2), registers(tokens // 2), type_of_a, u32)
     def times_rows(e, acc, a, address):
+        rest = [[e.f32(0.0)] * 4 if planes == 3 else None for _ in range(tokens // 8)]
         for s, (at, offset) in enumerate(column_steps(e, address, K // 16)):
             left = operand_of(e, kind, planes, a, s)
             for t in range(tokens // 16):
@@ -264,8 +274,12 @@ def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
                 ]
                 for h in range(2):
                     columns = [r[2 * h : 2 * h + 2] for r in right]
-                    acc[o : o + 4] = multiply(e, kind, acc[o : o + 4], left, columns)
+                    acc[o : o + 4] = multiply(
+                        e, kind, acc[o : o + 4], left, columns, rest[o // 4]
+                    )
                     o += 4
+        if planes == 3:
+            acc = [e.add(*x) for x in zip(acc, [x for part in rest for x in part])]
         return acc
 
     return times_rows
