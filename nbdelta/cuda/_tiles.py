@@ -255,8 +255,8 @@ def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
 
     `pitch`: bytes of a row, which may have more than K columns.
 
-    In three planes the small products have a sum of their own, so that a tenth as much is cut off:
-    for one of every 16 channels there are no registers.
+    In three planes the small products have a sum of their own, so that the large one is cut off
+    once for six. (A sum for every 16 channels, as in `multiply_tile`, would need more registers.)
     """
     operand_of, type_of_a = left_operand, operand(planes, K)
     if stashed:
@@ -274,9 +274,7 @@ def make_times_rows(kind, tokens, K, planes, inputs, pitch, stashed=False):
                 ]
                 for h in range(2):
                     columns = [r[2 * h : 2 * h + 2] for r in right]
-                    acc[o : o + 4] = multiply(
-                        e, kind, acc[o : o + 4], left, columns, rest[o // 4]
-                    )
+                    acc[o : o + 4] = multiply(e, kind, acc[o : o + 4], left, columns, rest[o // 4])
                     o += 4
         if planes == 3:
             acc = [e.add(*x) for x in zip(acc, [x for part in rest for x in part])]
