@@ -38,18 +38,19 @@ def add_steps(e, x, x_step, totals, scale, out, out_step, n):
 
 def _add_square(reverse):
     @tile
-    def add_square(e, x, x_step, totals, scale, out, out_step):
+    def add_square(e, x, x_step, ahead, ahead_step, totals, scale, out, out_step):
         """Running totals along 16 rows of 16 numbers; out = totals * scale.
 
         Transposed in registers, so that a row is a lane and every total is summed in the order of
-        the steps. The same square of the rows after the next 16 is brought into the cache.
+        the steps. 16 rows of 16 numbers at `ahead` are brought into the cache.
         """
         factor = e.splat(scale, e.lanes)
         for row in range(0, W, e.lanes):
             at = [x + x_step * (row + i) for i in range(e.lanes)]
             to = [out + out_step * (row + i) for i in range(e.lanes)]
-            for a in at:
-                e.prefetch(a + x_step * (2 * W))
+            for i in range(row, row + e.lanes):
+                for line in range(0, e.row, 64):
+                    e.prefetch(ahead + ahead_step * i + line)
             total = e.load(totals, row * e.size, e.lanes)
             starts = range(0, W, e.lanes)
             for start in reversed(starts) if reverse else starts:

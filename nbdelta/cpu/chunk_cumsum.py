@@ -185,6 +185,11 @@ def _along_rows(REAL, desc, x, out, source, target, n, width, totals, lanes):
         if not x_direct or steps < W:
             load_tokens(REAL, x[1], square, x_lane, x_step, width, steps, staged)
             square, square_step = staged, row
+        # of the lanes after the next 16, in the order of memory where they follow each other: a
+        # processor goes on by itself with lines that come one behind the other
+        ahead, ahead_step = square + x_lane * (2 * W), x_lane
+        if x_lane == n * SIZE:
+            ahead, ahead_step = source + x_lane * (2 * W) + i * row, row
         place = target + t * out_step
         result, result_step = place, out_lane
         if lanes:
@@ -192,9 +197,13 @@ def _along_rows(REAL, desc, x, out, source, target, n, width, totals, lanes):
         elif not out_direct or steps < W:
             result, result_step = staged, row
         if desc[REVERSE]:
-            add_square_reversed(REAL, square, square_step, totals, scale, result, result_step)
+            add_square_reversed(
+                REAL, square, square_step, ahead, ahead_step, totals, scale, result, result_step
+            )  # fmt: skip
         else:
-            add_square(REAL, square, square_step, totals, scale, result, result_step)
+            add_square(
+                REAL, square, square_step, ahead, ahead_step, totals, scale, result, result_step
+            )  # fmt: skip
         if result == staged:
             length, count, step, run = steps, width, out_lane, out_step
             if out_lane == element_size(REAL, out[1]) and width == W:
