@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import alike
 
 from nbdelta import naive
 from nbdelta.testing import Shape, as_dtype, make_inputs, rel_l2
@@ -83,9 +84,8 @@ def test_highest_precision(keys, beta, gate, dtype):
     k = call["k"]
     if keys == "equal":
         k = np.broadcast_to(k[:, :1], k.shape)
-    else:  # cosines of about .8
-        k = 0.5 * k + k[:, :1]
-        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    else:
+        k = alike(k)
     call["beta"] = np.full_like(call["beta"], beta if keys == "alike" else 1.0)
     call.update({name: as_dtype(x, dtype) for name, x in (("q", call["q"]), ("v", call["v"]))})
     call["k"] = as_dtype(np.ascontiguousarray(k), dtype)

@@ -14,8 +14,11 @@ import pytest
 FOLDER = Path(__file__).parent
 # what one process runs, since most of its time goes into compilation: files, which of their tests
 EMULATED = {
-    "backward": {"test_cuda_backward.py": "not (shapes and float64)"},
-    "chunk": {"test_cuda_chunk.py": ""},
+    "backward": {
+        "test_cuda_backward.py": "not (shapes and float64)",
+        "test_cuda_cut_off.py": "backward",
+    },
+    "chunk": {"test_cuda_chunk.py": "", "test_cuda_cut_off.py": "forward or sums"},
     "chunk by any device": {
         "test_chunk_gated_delta_rule.py": "options or dtypes or layouts or interval",
         "test_gated_delta_rule.py": "agree or single_tokens",
