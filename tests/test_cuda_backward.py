@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import assert_same_bits, relayout
+from cases import alike, assert_same_bits, relayout
 from test_backward import NAMES, SMALL, call_of, reference, without_tiny_numbers
 
-from nbdelta.testing import Shape, rel_l2
+from nbdelta.testing import Shape, as_dtype, rel_l2
 
 pytestmark = pytest.mark.usefixtures("cuda_room")
 # relative L2 of a head; sums are in float32 for all but float64, the results are rounded
@@ -69,6 +69,19 @@ def test_options(option, gate):
 )
 def test_shapes(shape, gate, dtype):
     assert_close(call_of("initial-state", gate, shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_highest_precision(gate, dtype):
+    """Without decay, errors of states add up over keys that are alike; beta = 2 forgets none."""
+    call = call_of(
+        "initial-state", gate, Shape(1, 160, 1, 1, 64, 32), dtype, gate_dtype="float32",
+        log_decay=0.0,
+    )  # fmt: skip
+    call["k"] = as_dtype(alike(call["k"].astype(np.float32)), dtype)
+    call["beta"] = np.full_like(call["beta"], 2.0)
+    assert_close({**call, "precision": "highest"}, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "gates"), [("float64", "float32"), ("float32", "float64")])

@@ -287,7 +287,8 @@ def chunk_gated_delta_rule_bwd(
         As in `gated_delta_rule`.
     precision : {"highest"}, optional
         As in `gated_delta_rule`, for the states, which are computed once more. All other products
-        are those of float32, or float64 with float64 inputs.
+        are those of float32, or float64 with float64 inputs; on GPUs, with bfloat16 and float16
+        inputs, of numbers of 16 bits. Automatic gradients have the precision of their call.
 
     Returns
     -------
