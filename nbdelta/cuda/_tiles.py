@@ -291,9 +291,12 @@ def make_update(kind, tokens, K, planes, inputs, per_channel, pitch):
 
     Tensor cores cut off what is below the last bit of a sum, always towards zero, so a state that
     goes through every product of a long sequence would fade. Where it is to be as exact as float32,
-    the products of a chunk have a sum of their own.
+    the products of a chunk have a sum of their own, and the small ones another one, so that blocks
+    after the first do not cut off the large products six times each.
     """
     blocks, apart = range(tokens // 16), planes == 3
+    # (for which a chunk of 32 tokens with a decay for each of 128 channels leaves no registers)
+    small_apart = apart and not (per_channel and K == 128 and tokens > 16)
 
     @tile(registers(K // 2), registers(K // 2), operand(planes, tokens), u32, u32)
     def update(e, state, a, address, decays):
@@ -308,9 +311,12 @@ def make_update(kind, tokens, K, planes, inputs, per_channel, pitch):
                     decay = e.load_shared(2, True, decays, 8 * o)
                 decayed = [e.mul(x, decay[i % 2]) for i, x in enumerate(state[o : o + 4])]
                 total = [e.f32(0.0)] * 4 if apart else decayed
+                rest = [e.f32(0.0)] * 4 if small_apart else None
                 for t in blocks:
                     columns = [r[2 * h : 2 * h + 2] for r in right[t]]
-                    total = multiply(e, kind, total, left[t], columns)
+                    total = multiply(e, kind, total, left[t], columns, rest)
+                if small_apart:
+                    total = [e.add(*x) for x in zip(total, rest)]
                 state[o : o + 4] = [e.add(*x) for x in zip(decayed, total)] if apart else total
         return state
 
