@@ -20,6 +20,7 @@ from nbdelta.gradients import (
     prepare_gradients,
     room_for_rows,
 )
+from nbdelta.ops._apply import apply
 from nbdelta.problem import Problem, check_options, prepare
 from nbdelta.structure import Arrays, Options
 
@@ -48,6 +49,15 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if eligible else x
 
 
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+# calls a function while torch.compile looks elsewhere, between two graphs
+_disable: Any = torch.compiler.disable
+outside_of_graphs = _disable(reason="nbdelta has no operator for this call")(_call)
+
+
 def rule(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """Apply the gated delta rule so that PyTorch knows of it.
 
@@ -74,6 +84,9 @@ def rule(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Ten
         ("checkpoint_interval", checked.checkpoint_interval),
         ("inplace_final_state", checked.inplace_final_state),
     ):
+        if given and torch.compiler.is_dynamo_compiling():
+            results: tuple[Any, Any] = outside_of_graphs(apply, arrays, options)
+            return results
         if given:
             raise ValueError(
                 f"{name}: has no gradient and is not part of a traced graph; leave it out, or call "

@@ -170,3 +170,56 @@ def test_boundaries_are_the_host_s_whatever_the_default_device():
     o, _ = nbdelta.gated_delta_rule(**call)
     with torch.device("meta"):
         assert torch.equal(nbdelta.gated_delta_rule(**call)[0], o)
+
+
+def _pool(**call):
+    call = {n: x if n == "cu_seqlens" or x is None else x[:1, :1] for n, x in call.items()}
+    pool = torch.ones(3, 6, 5, 3)
+    return nbdelta.fused_recurrent_gated_delta_rule(
+        **call, initial_state=pool, state_indices=torch.tensor([1])
+    )
+
+
+NO_OPERATORS = {
+    "checkpoints": lambda **call: nbdelta.gated_delta_rule(**call, checkpoint_interval=4),
+    "out": lambda **call: nbdelta.gated_delta_rule(**call, out=torch.empty_like(call["v"])),
+    "pool": _pool,
+    "numpy": lambda **call: nbdelta.gated_delta_rule(**{n: x.numpy() for n, x in call.items()}),
+    "gradients": lambda **call: nbdelta.chunk_gated_delta_rule_bwd(**call, do=call["v"]),
+    "gate": lambda g, **call: (nbdelta.fused_gate(g),),
+    "cumsum": lambda g, **call: (nbdelta.chunk_local_cumsum(g, 16),),
+    "tril": lambda **call: (nbdelta.solve_tril(torch.ones(1, 20, 1, 16)),),
+    "triangular": lambda **call: (nbdelta.solve_triangular(torch.eye(3) + 1, torch.ones(3, 2)),),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPERATORS)
+def test_what_is_no_operator_is_called_between_graphs(name):
+    """The compiler does not look into the package, where it would find no sense."""
+    torch.compiler.reset()
+    call = call_of("plain", "gda", dtype="float32")
+    call = {n: x.detach() for n, x in call.items() if n in NAMES[:5]}
+
+    def around(**call):
+        results = NO_OPERATORS[name](**{n: 2 * x for n, x in call.items()})
+        return [torch.as_tensor(x) + 1 for x in results if x is not None]
+
+    results = torch.compile(around, backend="eager")(**call)
+    for x, y in zip(results, around(**call), strict=True):
+        assert torch.equal(x, y)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="nbdelta has no operator"):
+        torch.compile(around, backend="eager", fullgraph=True)(**call)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [traced_by_jit, traced_by_make_fx])
+@pytest.mark.parametrize(
+    "block", [lambda x: nbdelta.fused_gate(x), lambda x: nbdelta.solve_tril(A=x)]
+)
+def test_other_tracers_refuse_building_blocks(trace, block):
+    """Their results would be constants."""
+    x = torch.ones(1, 20, 1, 16)
+    block(x)
+    with pytest.raises(ValueError, match=r"^(x|A): \w+ is no operator"):
+        trace(block, x)

@@ -1,7 +1,10 @@
 """The way of a call of the rule from the public functions on."""
 
+import functools
+import inspect
 import sys
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from nbdelta import repeat
 from nbdelta.arrays import Array, expect_no_tangent
@@ -12,6 +15,8 @@ from nbdelta.structure import Arrays
 # the results are arrays of the kind of the first argument; `final_state` may be None all the same,
 # as in typeshed's own stubs, so that callers who asked for it need no assertion
 ArrayT = TypeVar("ArrayT", bound=Array)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]:
@@ -22,6 +27,8 @@ def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
     """
     torch = sys.modules.get("torch")
     if torch is not None and not isinstance(arrays[0], torch.Tensor):
+        if torch.compiler.is_dynamo_compiling():
+            return _outside_of_graphs(apply, arrays, options)
         torch = None
     if torch is not None:
         if torch.autograd.forward_ad._current_level >= 0:
@@ -45,6 +52,47 @@ def apply(arrays: repeat.Arrays, options: tuple[object, ...]) -> tuple[Any, ...]
         repeat.remember(arrays, options, problem)
         results = problem.results()
     return results
+
+
+def no_operator(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function that PyTorch does not know of out of its graphs.
+
+    Parameters
+    ----------
+    function : callable
+        A public function whose first argument is an array.
+
+    Returns
+    -------
+    callable
+        The function; where `torch.compile` looks on, it is called between two graphs, and other
+        tracers, which would take its results for constants, are refused.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            if torch.compiler.is_dynamo_compiling():
+                return _outside_of_graphs(call, *args, **kwargs)
+            if _is_traced(torch):
+                for name, x in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+                    if isinstance(x, torch.Tensor):
+                        raise ValueError(
+                            f"{name}: {function.__name__} is no operator of PyTorch and cannot be "
+                            "part of a traced graph"
+                        )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _outside_of_graphs(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function while torch.compile looks elsewhere."""
+    from nbdelta.torch import outside_of_graphs
+
+    result: R = outside_of_graphs(function, *args, **kwargs)
+    return result
 
 
 def _is_traced(torch: Any) -> bool:

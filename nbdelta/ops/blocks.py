@@ -11,9 +11,10 @@ from nbdelta.blocks import (
 )
 from nbdelta.checks import IndexLike
 from nbdelta.dispatch import stage
-from nbdelta.ops._apply import ArrayT
+from nbdelta.ops._apply import ArrayT, no_operator
 
 
+@no_operator
 def chunk_local_cumsum(
     x: ArrayT,
     chunk_size: int,
@@ -78,6 +79,7 @@ def chunk_local_cumsum(
     return cast(ArrayT, target.owner)
 
 
+@no_operator
 def solve_tril(
     A: ArrayT, *, cu_seqlens: IndexLike | None = None, out: Array | None = None
 ) -> ArrayT:
@@ -125,6 +127,7 @@ def solve_tril(
     return cast(ArrayT, target.owner)
 
 
+@no_operator
 def solve_triangular(
     L: Array, b: ArrayT, *, unit_diagonal: bool = False, out: Array | None = None
 ) -> ArrayT:
@@ -171,6 +174,7 @@ def solve_triangular(
     return cast(ArrayT, target.owner)
 
 
+@no_operator
 def fused_gate(
     x: ArrayT,
     A_log: Array | None = None,

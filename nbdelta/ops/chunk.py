@@ -6,7 +6,7 @@ from nbdelta.arrays import Array
 from nbdelta.checks import IndexLike
 from nbdelta.dispatch import run
 from nbdelta.gradients import fill_gradients, keep_states, prepare_gradients
-from nbdelta.ops._apply import ArrayT, apply
+from nbdelta.ops._apply import ArrayT, apply, no_operator
 
 
 def chunk_gated_delta_rule(
@@ -226,6 +226,7 @@ def chunk_kda(
     return apply(arrays, options)
 
 
+@no_operator
 def chunk_gated_delta_rule_bwd(
     q: ArrayT,
     k: Array,
