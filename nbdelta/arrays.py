@@ -77,7 +77,7 @@ def view(x: object, name: str) -> View:
         if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
             if x.__dlpack_device__()[0] in (dlpack.CUDA, dlpack.CUDA_MANAGED):
                 return _cuda_dlpack_view(x, name)
-            return _numpy_view(x, _from_dlpack(x, name), "dlpack", name)
+            return _host_dlpack_view(x, name)
     raise TypeError(
         f"{name}: expected an array (NumPy, torch, or one with DLPack), got {type(x).__name__}"
     )
@@ -300,6 +300,20 @@ def _wait_for(stream: int, device: str) -> None:
         wait_for(stream, device)
 
 
+def _host_dlpack_view(x: Any, name: str) -> View:
+    try:
+        return _numpy_view(x, _from_dlpack(x, name), "dlpack", name)
+    except TypeError:
+        try:
+            found = dlpack.describe(x, None)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            found = None
+        if found is None or found.dtype != "bfloat16" or x.__dlpack_device__()[0] != dlpack.CPU:
+            raise
+    # NumPy reads no bfloat16; whether it may be written to is not said
+    return _dlpack_view(x, name, "cpu", found, readonly=True)
+
+
 def _cuda_dlpack_view(x: Any, name: str) -> View:
     try:
         found = dlpack.describe(x, _stream_of_others())
@@ -307,6 +321,12 @@ def _cuda_dlpack_view(x: Any, name: str) -> View:
         raise TypeError(
             f"{name}: {type(x).__name__} does not export its memory ({error})"
         ) from None
+    return _dlpack_view(x, name, f"cuda:{found.index}", found, readonly=False)
+
+
+def _dlpack_view(
+    x: Any, name: str, device: str, found: dlpack.Described, *, readonly: bool
+) -> View:
     if found.dtype not in ITEMSIZE:
         raise TypeError(f"{name}: expected an array of real numbers, got dtype {found.dtype}")
     itemsize = ITEMSIZE[found.dtype]
@@ -314,8 +334,7 @@ def _cuda_dlpack_view(x: Any, name: str) -> View:
         strides = _contiguous(found.shape, itemsize)
     else:
         strides = _in_bytes(found.strides, itemsize)
-    device = f"cuda:{found.index}"
-    return View(x, "dlpack", device, found.dtype, found.shape, strides, found.address, False)
+    return View(x, "dlpack", device, found.dtype, found.shape, strides, found.address, readonly)
 
 
 def _stream_of_others() -> int:

@@ -55,6 +55,8 @@ def prepare_cumsum(
     cu = None if cu_seqlens is None else _read_cu_seqlens(cu_seqlens, "x", source)
     expect_float(source, "x")
     ndim = len(source.shape)
+    if not ndim:
+        raise wrong_shape("x", "an array with at least one axis", source.shape)
     if not -ndim <= axis < ndim:
         raise ValueError(
             f"axis: expected {-ndim} to {ndim - 1} for x {brackets(source.shape)}, got {axis}"

@@ -1,9 +1,9 @@
-"""What a DLPack capsule says of an array in device memory; NumPy reads those of the CPU."""
+"""What a DLPack capsule says of an array: on a device, or in bfloat16, which NumPy cannot read."""
 
 import ctypes
 from typing import Any, NamedTuple
 
-CUDA, CUDA_MANAGED = 2, 13
+CPU, CUDA, CUDA_MANAGED = 1, 2, 13
 _TYPE_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 # the default stream in DLPack's words
 LEGACY_STREAM = 1
@@ -27,7 +27,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Described(NamedTuple):
-    """An array in device memory."""
+    """An array as DLPack tells of it."""
 
     address: int
     index: int  # of the device
@@ -36,15 +36,15 @@ class Described(NamedTuple):
     strides: tuple[int, ...] | None  # in elements; None: C-contiguous
 
 
-def describe(x: Any, stream: int) -> Described:
-    """Return where an array with ``__dlpack__`` on a CUDA device lies.
+def describe(x: Any, stream: int | None) -> Described:
+    """Return where an array with ``__dlpack__`` lies.
 
     Parameters
     ----------
     x : object
         Stays the owner of its memory: the capsule is read and dropped.
-    stream : int
-        What will read it, after all that its library has under way.
+    stream : int or None
+        What will read it, after all that its library has under way; ``None`` on the CPU.
 
     Returns
     -------

@@ -173,7 +173,7 @@ def test_large_torch_results_come_in_large_pages():
         (torch.zeros(3, dtype=torch.float32).to_sparse(), "sparse"),
         (torch.zeros(3, device="meta"), "meta"),
         (torch.zeros(3, dtype=torch.complex64).conj().imag, "negated"),
-        (Exporter(torch.zeros(3, dtype=torch.bfloat16)), "Exporter"),
+        (Exporter(torch.zeros(3, dtype=torch.float8_e4m3fn)), "Exporter"),
         (torch.zeros(3, dtype=torch.float8_e4m3fn), "float8"),
         (np.ndarray, "type"),
         (torch.Tensor, "TensorMeta"),

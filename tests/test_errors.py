@@ -244,7 +244,7 @@ TABLE = [
     ("chunk_local_cumsum", "plain", dict(axis=3), ValueError,
      "axis: expected -3 to 2 for x [2, 5, 2], got 3"),
     ("chunk_local_cumsum", "plain", dict(x=ones(), axis=0, out=None), ValueError,
-     "axis: expected"),
+     "x: expected an array with at least one axis, got []"),
     ("chunk_local_cumsum", "plain", dict(chunk_size=0), ValueError,
      "chunk_size: expected an integer of at least 1, got 0"),
     ("chunk_local_cumsum", "plain", dict(out=ones(B, T)), ValueError,

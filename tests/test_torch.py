@@ -181,18 +181,35 @@ def test_read_only_and_sliced_numpy(rule):
         assert_same_bits(x, y)
 
 
+class Exporter:
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
 def test_other_arrays_with_dlpack():
-    class Exporter:
-        def __init__(self, x):
-            self.x = x
-
-        def __dlpack__(self, **options):
-            return self.x.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.x.__dlpack_device__()
-
     call = make_inputs(8, 1, 20, 2, 4, 20, 28, "gda")
     expected = nbdelta.gated_delta_rule(**call)[0]
     o, _ = nbdelta.gated_delta_rule(**{name: Exporter(x) for name, x in call.items()})
     assert_same_bits(np.asarray(o), expected)
+
+
+def test_bfloat16_with_dlpack():
+    """NumPy reads no such capsule, and whether its memory may be written to is not known."""
+    call = make_inputs(8, 1, 20, 2, 4, 20, 28, "gda", dtype="bfloat16")
+    expected = nbdelta.gated_delta_rule(**call)[0]
+    tensors = {n: torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) for n, x in call.items()
+               if x.dtype.name == "bfloat16"}  # fmt: skip
+    # strides of their own
+    sent = {n: Exporter(x.transpose(1, 2).contiguous().transpose(1, 2)) for n, x in tensors.items()}
+    o, _ = nbdelta.gated_delta_rule(**{**call, **sent})
+    assert type(o) is np.ndarray
+    assert_same_bits(o, expected)
+    out = Exporter(torch.empty(expected.shape, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^out: .* read-only"):
+        nbdelta.gated_delta_rule(**{**call, **sent}, out=out)
