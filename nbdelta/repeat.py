@@ -65,9 +65,6 @@ def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> N
     unfit = arrays[CU_SEQLENS] is not None or arrays[ACCEPTED] is not None or p.checkpoints
     if unfit or 0 in (p.B, p.T) or (chunked and p.device != "cpu"):
         return
-    slots = arrays[STATE_INDICES]
-    if p.device != "cpu" and slots is not None and view(slots, "").device == "cpu":
-        return
     readers: dict[int, Reader] = {}
     for i, x in enumerate(arrays):
         if x is not None:
@@ -75,6 +72,9 @@ def remember(arrays: Arrays, options: tuple[object, ...], problem: Problem) -> N
             if read is None:
                 return
             readers[i] = read
+    slots = arrays[STATE_INDICES]
+    if p.device != "cpu" and slots is not None and view(slots, "").device == "cpu":
+        return
     if chunked:
         _chunk_plans.insert(0, _Plan(arrays, options, readers, problem, "chunk"))
         del _chunk_plans[_CHUNK_PLANS_AT_MOST:]

@@ -161,6 +161,19 @@ def test_pool_with_padded_rows(gate, dtype, state_dtype, T):
     assert not np.asarray(o[[1, 4]]).astype(np.float32).any()
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_slots_in_a_sequence(sequence):
+    call = make_inputs(5, 2, 1, 1, 2, 16, 16, "gda")
+    pool = make_inputs(6, 1, 1, 1, 2, 16, 16, "gda", states=3)["initial_state"]
+    expected = naive.fused_recurrent_gated_delta_rule(
+        **call, initial_state=pool, state_indices=[2, -1]
+    )
+    result = nbdelta.fused_recurrent_gated_delta_rule(
+        **call, initial_state=pool, state_indices=sequence([2, -1])
+    )
+    assert_matches(result, expected, "float32")
+
+
 def test_padded_rows_with_nan_inputs_are_zero():
     call, pool = pooled(Shape(2, 1, 1, 2, 8, 8), "gda", 2)
     for x in call.values():
