@@ -32,7 +32,7 @@ from nbdelta.cpu._backward_tiles import (
     state_product,
     transpose_into,
 )
-from nbdelta.cpu._call import EPS, KEY, SCALE, K, Q, V, array_at, at, real
+from nbdelta.cpu._call import EPS, KEY, SCALE, K, Q, V, array_at, at, lines, real
 from nbdelta.cpu._chunk_panels import stage_rows, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
@@ -54,7 +54,8 @@ _gram = gram(False)
 def _fetch_tokens(REAL, x, b, t, h, width):
     """Bring the token rows of a block that comes soon into the cache."""
     for c in range(0, width, W):
-        fetch_rows(REAL, at(x, b, t, h) + c * x[5], x[3])
+        first, step = lines(x, b, t, h, c)
+        fetch_rows(REAL, first, step)
 
 
 @cache
@@ -111,8 +112,6 @@ def _back_through_strips(PER_CHANNEL):
             do_rows, do_step = token_rows(REAL, do, b, t, n, hv, width, w.do)
         else:
             zero_rows(REAL, w.do, VP)
-        # not further ahead: rows of tokens lie in few sets of the second cache
-        do_next = at(do, b, t, hv) + W * do[5]
         transpose_into(REAL, m.a, w.at)
         transpose_into(REAL, m.p, w.pt)
         zero_rows(REAL, w.dbeta, W)
@@ -121,7 +120,9 @@ def _back_through_strips(PER_CHANNEL):
         zero_rows(REAL, w.kept, KP)
         for s in range(VP // W):
             strip, dstrip, tile = state + s * w.strip_step, dstate + s * KP * row, s * W * row
-            fetch_rows(REAL, do_next + s * W * do[5], do[3])
+            # not further ahead: rows of tokens lie in few sets of the second cache
+            do_next, step = lines(do, b, t, hv, (s + 1) * W)
+            fetch_rows(REAL, do_next, step)
             copy_rows(REAL, do_rows + s * row, do_step, w.do_tile, row, W)
             spread(
                 REAL, w.do_tile, m.gates + QUERY_GATE * row, w.do_rows, w.do_columns + tile

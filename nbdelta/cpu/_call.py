@@ -105,6 +105,16 @@ def at(x, i, j, k):
 
 
 @njit()
+def lines(x, b, t, h, column):
+    """First of the lines that hold 16 columns of 16 tokens, and the step to the next one.
+
+    There is one for each token, or for each column where tokens lie side by side, as behind the
+    short convolution of a model.
+    """
+    return at(x, b, t, h) + column * x[5], x[3] if abs(x[3]) > abs(x[5]) else x[5]
+
+
+@njit()
 def sequence(desc, n):
     """Batch index, first token and end of sequence n."""
     if desc[CU_SEQLENS]:

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at
+from nbdelta.cpu._call import KEY, VALUE, G, K, O, Q, V, array_at, at, lines
 from nbdelta.cpu._channel_tiles import suffix_rows
 from nbdelta.cpu._chunk_scratch import strip_rows_of
 from nbdelta.cpu._jit import njit
@@ -45,18 +45,12 @@ def _store_output(REAL, o, rows, step, b, t, n, hv, left, right):
 
 
 @njit()
-def _columns(x, b, t, h, s):
-    """Address of a token's columns that belong to strip s."""
-    return at(x, b, t, h) + s * W * x[5]
-
-
-@njit()
 def _ahead(v, o, k, q, g, b, t, hk, hv, s):
-    """What the next block needs of the caller's arrays: a line of each of its tokens."""
-    t += W
+    """What the next block needs of the caller's arrays for strip s."""
+    t, column = t + W, s * W
     return (
-        _columns(v, b, t, hv, s), _columns(o, b, t, hv, s), _columns(k, b, t, hk, s),
-        _columns(q, b, t, hk, s), _columns(g, b, t, hv, s),
+        lines(v, b, t, hv, column), lines(o, b, t, hv, column), lines(k, b, t, hk, column),
+        lines(q, b, t, hk, column), lines(g, b, t, hv, column),
     )  # fmt: skip
 
 
@@ -102,24 +96,24 @@ def _by_panels(PER_CHANNEL, unit):
             for j in range(0, whole, MR):
                 first_product(
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
-                    v_next, v[3], k_next, k[3], g_next, g[3],
+                    v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
                 )  # fmt: skip
             for j in range(whole, tokens, few):
                 few_of_first(
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
-                    v_next, v[3], k_next, k[3], g_next, g[3],
+                    v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
                 )  # fmt: skip
             if kept:
                 keep_rows(REAL, u, n, kept + n * i)
             for j in range(0, whole, MR):
                 second_product(
-                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
-                    o[3], q_next, q[3],
+                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step,
+                    o_next[0], o_next[1], q_next[0], q_next[1],
                 )  # fmt: skip
             for j in range(whole, tokens, few):
                 few_of_second(
-                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step, o_next,
-                    o[3], q_next, q[3],
+                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step,
+                    o_next[0], o_next[1], q_next[0], q_next[1],
                 )  # fmt: skip
             if DOTS_IN_UPDATE:
                 u_words = words + KP // 2 * row
@@ -220,12 +214,12 @@ def _by_squares(PER_CHANNEL):
             for j in range(0, W, MR):
                 first_product(
                     REAL, reads, m.a, 0, u, KP, j, key_gate, m.v + i * row, v_step, m.beta,
-                    suffix, v_next, v[3], k_next, k[3], g_next, g[3],
+                    suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
                 )  # fmt: skip
             for j in range(0, W, MR):
                 second_product(
                     REAL, reads + W * row, m.p, 0, u, KP, j, query_gate, o_rows + i * row, o_step,
-                    o_next, o[3], q_next, q[3],
+                    o_next[0], o_next[1], q_next[0], q_next[1],
                 )  # fmt: skip
             if not PER_CHANNEL:
                 u += W * row
