@@ -27,10 +27,8 @@ MIN_LENGTH, MAX_LENGTH = 108, 109
 KERNEL, ITEMS, WORKERS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 116)
 # item of the whole call that is the first one of this batch, where the shares below are used
 FIRST = 116
-# whether states are fetched ahead
-FAR = 117
 # address of U of all blocks, which the forward pass keeps for the backward pass, or 0
-KEPT_ROWS = 118
+KEPT_ROWS = 117
 # items claimed, of all or of each worker's share: on cache lines of their own, since all threads
 # write to them
 NEXT = 128

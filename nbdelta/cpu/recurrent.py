@@ -13,7 +13,6 @@ tokens of the call.
 
 from array import array
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ from nbdelta.cpu._call import (
     CU_SEQLENS,
     DT_BIAS,
     EPS,
-    FAR,
     FIRST,
     H0,
     HT,
@@ -91,19 +89,6 @@ BRIEF_BYTES = 1 << 22
 # of a thread between two looks at what Python has to say: about 0.2 s; and of a token, whose state
 # may be small, at the least
 BATCH_BYTES, TOKEN_BYTES = 1 << 31, 1 << 11
-
-
-def _second_cache():
-    """Bytes of a core's second cache, where Linux tells them; of most cores otherwise."""
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
-        return int(size.strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 1 << 20
-
-
-# states of a thread that stay in its caches from call to call: nothing is fetched ahead then
-NEAR_BYTES = min(_second_cache(), 1 << 20)
 
 
 def layout(base, SIZE, KP, VP):
@@ -219,7 +204,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
         h0, ht, o = array_at(desc, H0), array_at(desc, HT), array_at(desc, O)
         checkpoints = array_at(desc, CHECKPOINTS)
         interval, speculative = desc[INTERVAL], desc[ACCEPTED] != 0
-        nk, nv, far = desc[K], desc[V], desc[FAR]
+        nk, nv = desc[K], desc[V]
         KP, VP = (nk + W - 1) // W * W, (nv + W - 1) // W * W
         scale, eps = REAL(real(desc, SCALE)), real(desc, EPS)
         state = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
@@ -278,7 +263,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                 if OTHER:
                     if in_its_form:
                         args = (
-                            nk, nv, far, k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                            nk, nv, k_row, gated, v_row, beta, scale, qk, sums, o_row,
                         )  # fmt: skip
                         if V_FIRST:
                             step_v_first(REAL, STATE, source, h0[5], target, ht[5], *args)
@@ -292,7 +277,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
                 step(
-                    REAL, REAL, source, source_step, target, target_step, nk, VP, far,
+                    REAL, REAL, source, source_step, target, target_step, nk, VP,
                     k_row, gated, v_row, beta, scale, qk, sums, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
@@ -357,7 +342,6 @@ def job_of(problem, max_length=None):
     scratch = layout(0, SIZE, -(-p.K // W) * W, -(-p.V // W) * W)[-1]
     tokens, state = p.B * p.T * p.HV, p.K * p.V * SIZE
     size, work = tokens * state, tokens * max(state, TOKEN_BYTES)
-    desc[FAR] = p.N * p.HV * p.K * p.V * SIZE > NEAR_BYTES * thread_count()
     return Job(kernel, array("q", desc.tobytes()), p.N * p.HV, scratch, size, work, starts)
 
 
