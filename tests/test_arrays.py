@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from cases import Exporter
 
 import nbdelta
 from nbdelta.arrays import empty, view
@@ -88,19 +89,6 @@ def test_swapped_view_is_the_same_memory():
     seen = view(x, "x").swap_last()
     assert (seen.shape, seen.strides) == (x.swapaxes(1, 2).shape, x.swapaxes(1, 2).strides)
     assert seen.owner is x
-
-
-class Exporter:
-    """An array that is known by DLPack alone."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 class CudaArray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import GATES, assert_matches, assert_same_bits
+from cases import GATES, Exporter, assert_matches, assert_same_bits
 
 import nbdelta
 from nbdelta import naive
@@ -179,17 +179,6 @@ def test_read_only_and_sliced_numpy(rule):
     for x, y in zip(rule(**call, output_final_state=True), expected, strict=True):
         assert type(x) is np.ndarray and x.flags.writeable
         assert_same_bits(x, y)
-
-
-class Exporter:
-    def __init__(self, x):
-        self.x = x
-
-    def __dlpack__(self, **options):
-        return self.x.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.x.__dlpack_device__()
 
 
 def test_other_arrays_with_dlpack():
