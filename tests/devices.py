@@ -45,6 +45,10 @@ def prepare(name):
         if "numba" in sys.modules:
             return "numba was imported before the simulator was switched on"
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+        if hasattr(os, "sched_setaffinity"):
+            # a Python thread for each of a GPU, one of which runs at a time: on several cores it
+            # takes twice as long until the next one does
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     elif name == "emu":
         import ptxemu
 
