@@ -263,7 +263,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                 if OTHER:
                     if in_its_form:
                         args = (
-                            nk, nv, k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                            nk, nv, 1, k_row, gated, v_row, beta, scale, qk, sums, o_row,
                         )  # fmt: skip
                         if V_FIRST:
                             step_v_first(REAL, STATE, source, h0[5], target, ht[5], *args)
@@ -276,8 +276,10 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                     target, target_step = state, VP * SIZE
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
+                # behind scratch is what another thread writes to
+                far = int(source != state)
                 step(
-                    REAL, REAL, source, source_step, target, target_step, nk, VP,
+                    REAL, REAL, source, source_step, target, target_step, nk, VP, far,
                     k_row, gated, v_row, beta, scale, qk, sums, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
