@@ -1,6 +1,7 @@
 """Calls that several test files make: shapes, one call per option, memory layouts, comparisons."""
 
 import numpy as np
+import pytest
 
 from nbdelta import naive
 from nbdelta.testing import Shape, allowed_error, as_dtype, make_inputs, rel_l2
@@ -245,3 +246,15 @@ def assert_same_bits(x, y, message=""):
     assert x.shape == y.shape and x.dtype == y.dtype
     different = np.atleast_1d(x.view(np.uint8) != y.view(np.uint8))
     assert not different.any(), f"{message} {different.sum()} bytes differ"
+
+
+def use_unit(monkeypatch, unit):
+    """Multiply bfloat16 by `FLOATS`, `DOTS` or `SQUARES` until the test ends."""
+    from nbdelta import repeat
+    from nbdelta.cpu import _matrix_unit, chunk
+
+    if unit == _matrix_unit.SQUARES and _matrix_unit.HAS_TILES:
+        if _matrix_unit.unit_of_halves() != unit:
+            pytest.skip("the system does not give its matrix unit to this process")
+    monkeypatch.setattr(chunk, "unit_of_halves", lambda: unit)
+    monkeypatch.setattr(repeat, "_chunk_plans", [])  # calls made for another unit

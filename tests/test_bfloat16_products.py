@@ -3,21 +3,15 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import use_unit
 
 import nbdelta
-from nbdelta import naive, repeat
-from nbdelta.cpu import _matrix_unit, chunk
+from nbdelta import naive
+from nbdelta.cpu import chunk
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.testing import make_inputs, rel_l2
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def _use(monkeypatch, unit):
-    if unit == SQUARES and _matrix_unit.HAS_TILES and _matrix_unit.unit_of_halves() != SQUARES:
-        pytest.skip("the system does not give its matrix unit to this process")
-    monkeypatch.setattr(chunk, "unit_of_halves", lambda: unit)
-    monkeypatch.setattr(repeat, "_chunk_plans", [])  # calls made for another unit
 
 
 units = pytest.mark.parametrize("unit", [DOTS, SQUARES], ids=["dots", "squares"])
@@ -57,9 +51,9 @@ def test_error_is_of_the_size_of_the_rounded_output(
 ):
     """Within twice the error of float32 products of the same inputs, rounded to bfloat16."""
     x = _inputs(gate, H, HV, K, V, T, decay, l2norm)
-    _use(monkeypatch, FLOATS)
+    use_unit(monkeypatch, FLOATS)
     error, state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
-    _use(monkeypatch, unit)
+    use_unit(monkeypatch, unit)
     paired_error, paired_state_error = _errors(nbdelta.chunk_gated_delta_rule(**x), x)
     assert state_error < 2e-6
     assert paired_error < 2 * error
@@ -72,9 +66,9 @@ def test_error_is_of_the_size_of_the_rounded_output(
 @units
 def test_highest_precision_has_no_rounded_products(monkeypatch, unit):
     x = _inputs("gda", 1, 2, 64, 64, 50, 1.0, True)
-    _use(monkeypatch, FLOATS)
+    use_unit(monkeypatch, FLOATS)
     o, state = nbdelta.chunk_gated_delta_rule(**x)
-    _use(monkeypatch, unit)
+    use_unit(monkeypatch, unit)
     o_highest, state_highest = nbdelta.chunk_gated_delta_rule(**x, precision="highest")
     assert np.array_equal(o.view(np.uint16), o_highest.view(np.uint16))
     assert np.array_equal(state, state_highest)
@@ -84,7 +78,7 @@ def test_highest_precision_has_no_rounded_products(monkeypatch, unit):
 @pytest.mark.parametrize("gate", ["gda", "kda"])
 def test_bitwise_promises(monkeypatch, unit, gate):
     """Later tokens, a split at 64 and a NaN of a later token change nothing before them."""
-    _use(monkeypatch, unit)
+    use_unit(monkeypatch, unit)
     x = _inputs(gate, 1, 2, 64, 48, 150, 1.0, True)
     o, state = nbdelta.chunk_gated_delta_rule(**x)
 
@@ -107,7 +101,7 @@ def test_bitwise_promises(monkeypatch, unit, gate):
 @pytest.mark.parametrize("gate", ["gda", "kda"])
 def test_states_at_checkpoints_are_those_of_a_shorter_sequence(monkeypatch, unit, gate):
     """An update that waits for the next block is made before its state is looked at."""
-    _use(monkeypatch, unit)
+    use_unit(monkeypatch, unit)
     x = _inputs(gate, 1, 3, 48, 40, 110, 1.0, True)
     o, state, kept = nbdelta.chunk_gated_delta_rule(**x, checkpoint_interval=32)
     o_plain, state_plain = nbdelta.chunk_gated_delta_rule(**x)
@@ -125,7 +119,7 @@ def test_states_at_checkpoints_are_those_of_a_shorter_sequence(monkeypatch, unit
 @pytest.mark.parametrize("threads", [1, 2])
 def test_heads_and_strips_of_few_heads(monkeypatch, unit, threads):
     """Strips that go their own way and grouped heads have the bits of one thread."""
-    _use(monkeypatch, unit)
+    use_unit(monkeypatch, unit)
     x = _inputs("gda", 1, 2, 64, 96, 70, 1.0, True)
     monkeypatch.setattr(chunk, "thread_count", lambda: threads)
     o, state = nbdelta.chunk_gated_delta_rule(**x)

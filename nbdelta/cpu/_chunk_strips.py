@@ -45,9 +45,10 @@ def _store_output(REAL, o, rows, step, b, t, n, hv, left, right):
 
 
 @njit()
-def _ahead(v, o, k, q, g, b, t, hk, hv, s):
-    """What the next block needs of the caller's arrays for strip s."""
-    t, column = t + W, s * W
+def _ahead(v, o, k, q, g, b, following, s):
+    """What the block of a value head that comes next needs of the caller's arrays for strip s."""
+    t, hk, hv = following
+    column = s * W
     return (
         lines(v, b, t, hv, column), lines(o, b, t, hv, column), lines(k, b, t, hk, column),
         lines(q, b, t, hk, column), lines(g, b, t, hv, column),
@@ -62,7 +63,7 @@ def _by_panels(PER_CHANNEL, unit):
     PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
 
     @njit()
-    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips, waits):
+    def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
         """One strip after the other, which stays in the first cache for its three products."""
         size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
         row, MR, few = W * size, rows_of_tile(REAL), few_rows(REAL)
@@ -92,7 +93,7 @@ def _by_panels(PER_CHANNEL, unit):
             new_u = u if PER_CHANNEL else u + W * row
             if PAIRS:
                 states = words
-            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, t, hk, hv, s)
+            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, s)
             for j in range(0, whole, MR):
                 first_product(
                     REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
@@ -179,7 +180,7 @@ def _by_squares(PER_CHANNEL):
     words_of, keep_update = split_words(PER_CHANNEL), _keep_update(PER_CHANNEL)
 
     @njit()
-    def value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, strips, waits):
+    def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
         """Two rounds over the strips, as the matrix unit is quick but late with each result.
 
         The update with a block waits until the keys of the next one are known: so each strip comes
@@ -210,7 +211,7 @@ def _by_squares(PER_CHANNEL):
         for s in range(last - first):
             u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
             i, u_words = first + s, u + 2 * W * row
-            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, t, hk, hv, i)
+            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, i)
             for j in range(0, W, MR):
                 first_product(
                     REAL, reads, m.a, 0, u, KP, j, key_gate, m.v + i * row, v_step, m.beta,

@@ -1,4 +1,6 @@
-"""What the processor that Numba compiles for has: vector registers and instructions."""
+"""What the processor that Numba compiles for has: vector registers, instructions, caches."""
+
+from pathlib import Path
 
 import numba
 from llvmlite import binding
@@ -59,3 +61,14 @@ def native_lanes(itemsize):
 def tile_rows(itemsize):
     """Rows of a register tile (``MR``): its accumulators take half of the registers."""
     return max(1, REGISTERS // 2 * native_lanes(itemsize) // W)
+
+
+def second_cache():
+    """Bytes of the second cache of a core as Linux tells them, elsewhere half a megabyte."""
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if int((folder / "level").read_text()) == 2:
+                return int((folder / "size").read_text().strip().removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return 512 << 10

@@ -8,9 +8,11 @@ it):
     S = e^G_last S + (K e^(G_last - G))^T U
 
 with one gate per token (GDA) or one per token and channel (KDA, where k_i.k_j is a sum with a
-decay in every term). One item of work is one sequence, one key head and its value heads: k and q
-are packed, and for GDA multiplied with each other, once for all of them. Row i of every product
-only reads rows up to i.
+decay in every term). k and q of a key head are packed, and for GDA multiplied with each other, once
+for all of its value heads. Row i of every product only reads rows up to i.
+
+One item of work is one sequence and some key heads, which take turns block by block: a token's
+heads lie side by side in memory, so they share pages, whose addresses the processor looks up once.
 """
 
 from array import array
@@ -36,6 +38,7 @@ from nbdelta.cpu._call import (
     PARTS,
     SCRATCH,
     SCRATCH_STEP,
+    TOGETHER,
     H,
     K,
     Q,
@@ -78,7 +81,7 @@ from nbdelta.cpu._memory import (
 from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._team import run, thread_count
 from nbdelta.cpu._tiles import pair_rows
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._vector_unit import W, second_cache
 
 
 @njit()
@@ -92,16 +95,17 @@ def _load_states(unit):
     WORDS = unit == DOTS
 
     @njit()
-    def load_states(REAL, desc, h0, slot, hk, first, last, states, head, strip):
-        """Bring columns first.. of a key head's states into strips `strip` bytes apart."""
+    def load_states(REAL, desc, h0, slot, hk, heads, first, last, states, head, strip):
+        """Bring columns first.. of the states of key heads hk.. into strips `strip` bytes apart."""
         k, v, row, KP = desc[K], desc[V], W * itemsize(REAL), padded(REAL, desc[K])
-        for j in range(desc[HV] // desc[H]):
-            target, n = states + j * head, last - first
+        r, n = desc[HV] // desc[H], last - first
+        for i in range(heads * r):
+            target, hv = states + i * head, value_head(desc, hk + i // r, i % r)
             if not h0[0]:
                 for s in range(n):
                     zero_rows(REAL, target + s * strip, KP)
             else:
-                source = at(h0, slot, value_head(desc, hk, j), 0) + first * W * h0[5]
+                source = at(h0, slot, hv, 0) + first * W * h0[5]
                 if _is_dense(REAL, desc, h0):
                     copy_strips(REAL, source, h0[4], row, target, row, strip, k, n)
                 else:
@@ -119,12 +123,13 @@ def _load_states(unit):
 
 
 @njit()
-def _store_states(REAL, desc, ht, slot, hk, first, last, states, head, strip):
-    """Write columns first.. of a key head's states from strips `strip` bytes apart."""
-    k, v, row, n = desc[K], desc[V], W * itemsize(REAL), last - first
-    for j in range(desc[HV] // desc[H]):
-        source = states + j * head
-        target = at(ht, slot, value_head(desc, hk, j), 0) + first * W * ht[5]
+def _store_states(REAL, desc, ht, slot, hk, heads, first, last, states, head, strip):
+    """Write columns first.. of the states of key heads hk.. from strips `strip` bytes apart."""
+    k, v, row = desc[K], desc[V], W * itemsize(REAL)
+    r, n = desc[HV] // desc[H], last - first
+    for i in range(heads * r):
+        source, hv = states + i * head, value_head(desc, hk + i // r, i % r)
+        target = at(ht, slot, hv, 0) + first * W * ht[5]
         if _is_dense(REAL, desc, ht):
             copy_strips(REAL, source, row, strip, target, ht[4], row, k, n)
         else:
@@ -134,24 +139,51 @@ def _store_states(REAL, desc, ht, slot, hk, first, last, states, head, strip):
 
 
 @cache
+def _key_head_block(PER_CHANNEL, unit):
+    key_head, value_strips = (
+        panels.key_head(PER_CHANNEL, unit),
+        strips.value_strips(PER_CHANNEL, unit),
+    )
+    head_gates, channel_gates = panels.head_gates(unit), panels.channel_gates(unit)
+
+    @njit()
+    def key_head_block(
+        REAL, desc, m, b, t, n, hk, t_next, hk_next, first, last, states, head, waits
+    ):  # fmt: skip
+        """A block of n tokens of a key head, whose states are `head` bytes apart."""
+        q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
+        stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
+        stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
+        key_head(REAL, desc, m)
+        for j in range(desc[HV] // desc[H]):
+            hv, following = value_head(desc, hk, j), (t_next, hk_next, value_head(desc, hk_next, j))
+            load_beta(REAL, desc, b, t, n, hv, m.beta)
+            if PER_CHANNEL:
+                channel_gates(REAL, desc, m, b, t, n, hv)
+            else:
+                head_gates(REAL, desc, m, b, t, n, hv)
+            own = states + j * head
+            value_strips(REAL, desc, m, b, t, n, hv, following, first, last, own, waits)
+
+    return key_head_block
+
+
+@cache
 def _chunk_kernel(REAL, PER_CHANNEL, unit):
     SQUARED = unit == SQUARES
-    load_states, value_strips = _load_states(unit), strips.value_strips(PER_CHANNEL, unit)
-    key_head, head_gates = panels.key_head(PER_CHANNEL, unit), panels.head_gates(unit)
-    channel_gates = panels.channel_gates(unit)
+    load_states, key_head_block = _load_states(unit), _key_head_block(PER_CHANNEL, unit)
 
     @kernel(REAL, PER_CHANNEL, unit)
     def chunk_kernel(desc, worker):
-        q, k, h0, ht = (
-            array_at(desc, Q), array_at(desc, KEY), array_at(desc, H0), array_at(desc, HT),
-        )  # fmt: skip
+        h0, ht, kept = array_at(desc, H0), array_at(desc, HT), array_at(desc, CHECKPOINTS)
         r, interval, parts = desc[HV] // desc[H], desc[INTERVAL], desc[PARTS]
+        together, turns = desc[TOGETHER], (desc[H] + desc[TOGETHER] - 1) // desc[TOGETHER]
         KP, VP = padded(REAL, desc[K]), padded(REAL, desc[V])
         per_part = (VP // W + parts - 1) // parts
         states = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
         row, strip_rows = W * itemsize(REAL), strip_rows_of(KP, unit)
         head_rows = per_part * strip_rows + waiting_rows_of(KP, unit)
-        m = layout_of(states, itemsize(REAL), KP, VP, r * head_rows, unit)
+        m = layout_of(states, itemsize(REAL), KP, VP, together * r * head_rows, unit)
         strip, head = strip_rows * row, head_rows * row
         if SQUARED:
             begin_tiles(REAL, m.products)
@@ -159,42 +191,41 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
             item = claim(desc, NEXT)
             if item >= desc[ITEMS]:
                 break
-            part, hk, seq = item % parts, item // parts % desc[H], item // parts // desc[H]
+            part, turn, seq = item % parts, item // parts % turns, item // parts // turns
+            hk = turn * together
+            heads = min(together, desc[H] - hk)
             b, bos, eos = sequence(desc, seq)
             if eos - bos < desc[MIN_LENGTH] or eos - bos > desc[MAX_LENGTH]:
                 continue
             first, last = part * per_part, min((part + 1) * per_part, VP // W)
-            load_states(REAL, desc, h0, seq, hk, first, last, states, head, strip)
+            load_states(REAL, desc, h0, seq, hk, heads, first, last, states, head, strip)
             waits = False
             t = bos
             while t < eos:
                 n = min(W, eos - t)
                 if interval:
                     n = min(n, interval - (t - bos) % interval)
-                stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
-                stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
-                key_head(REAL, desc, m)
-                for j in range(r):
-                    hv = value_head(desc, hk, j)
-                    load_beta(REAL, desc, b, t, n, hv, m.beta)
-                    if PER_CHANNEL:
-                        channel_gates(REAL, desc, m, b, t, n, hv)
-                    else:
-                        head_gates(REAL, desc, m, b, t, n, hv)
-                    own = states + j * head
-                    value_strips(REAL, desc, m, b, t, n, hk, hv, first, last, own, waits)
+                for i in range(heads):
+                    t_next, hk_next = t, hk + i + 1
+                    if i + 1 == heads:
+                        t_next, hk_next = t + n, hk
+                    key_head_block(
+                        REAL, desc, m, b, t, n, hk + i, t_next, hk_next, first, last,
+                        states + i * r * head, head, waits,
+                    )  # fmt: skip
                 t += n
                 waits = SQUARED
                 if SQUARED and (t == eos or (interval and (t - bos) % interval == 0)):
-                    for j in range(r):
-                        finish_updates(REAL, m, KP, last - first, states + j * head)
+                    for i in range(heads * r):
+                        finish_updates(REAL, m, KP, last - first, states + i * head)
                     waits = False
                 if interval and (t - bos) % interval == 0:
                     slot = read_int64(desc[CHECKPOINT_STARTS] + 8 * seq) + (t - bos) // interval - 1
-                    kept = array_at(desc, CHECKPOINTS)
-                    _store_states(REAL, desc, kept, slot, hk, first, last, states, head, strip)
+                    _store_states(
+                        REAL, desc, kept, slot, hk, heads, first, last, states, head, strip
+                    )
             if ht[0]:
-                _store_states(REAL, desc, ht, seq, hk, first, last, states, head, strip)
+                _store_states(REAL, desc, ht, seq, hk, heads, first, last, states, head, strip)
         if SQUARED:
             end_tiles(REAL, m.products)
 
@@ -206,6 +237,9 @@ def multiplies_halves(dtype):
     return dtype == "bfloat16" and unit_of_halves() != FLOATS
 
 
+# of what takes turns: bytes of states, two thirds of the second cache, and work, as an interrupt
+# waits for an item to end
+STATES, ITEM_FLOPS = 2 * second_cache() // 3, 2 * 10**10
 # what a token of a value head takes besides its products with the state, in flops of those
 TOKEN_FLOPS = 6000
 
@@ -217,7 +251,9 @@ class Job(NamedTuple):
     unit: int
     desc: Any  # array of int64, whose places in `recurrent.PLACES` are for the addresses
     sizes: tuple[int, ...]  # N, H, value heads per key head, padded K and V, bytes of a number
-    flops: int
+    alike: int  # sequences of one length: N, or 1
+    most: int  # key heads that may take turns
+    flops: int  # of all
     checkpoint_starts: Any  # kept alive
 
 
@@ -234,7 +270,22 @@ def job_of(problem, min_length=0):
     sizes = p.N, p.H, p.HV // max(1, p.H), KP, VP, np.dtype(REAL).itemsize
     kernel = _chunk_kernel(REAL, p.per_channel, unit)
     flops = (6 * KP * VP + TOKEN_FLOPS) * p.HV * p.B * p.T
-    return Job(kernel, unit, array("q", desc.tobytes()), sizes, flops, starts)
+    alike = p.N if p.cu_seqlens is None else 1
+    # their states stay in the second cache and do not wait for each other's at the start
+    states = sizes[2] * (VP // W * strip_rows(KP, unit) + waiting_rows(KP, unit)) * W * sizes[-1]
+    blocks = -(-p.B * p.T // (W * max(1, p.N)))
+    most = min(blocks, STATES // max(1, states), ITEM_FLOPS * p.N * p.H // max(1, flops))
+    return Job(kernel, unit, array("q", desc.tobytes()), sizes, alike, most, flops, starts)
+
+
+@cache
+def heads_together(sequences, H, most, threads):
+    """How many of H key heads take turns: at most so many, and no thread has more heads for it."""
+    least = -(-sequences * H // threads)
+    for heads in range(min(H, most), 1, -1):
+        if -(-sequences * -(-H // heads) // threads) * heads <= least:
+            return heads
+    return 1
 
 
 def start(job, desc):
@@ -245,10 +296,11 @@ def start(job, desc):
     parts = min(strips, -(-threads // items)) if items else 1
     per_part = -(-strips // parts)
     parts = -(-strips // per_part)
-    desc[PARTS] = parts
     rows = r * (per_part * strip_rows(KP, job.unit) + waiting_rows(KP, job.unit))
-    scratch = layout(0, size, KP, VP, rows, job.unit).end
-    items *= parts
+    together = heads_together(job.alike, H, job.most, threads)
+    desc[PARTS], desc[TOGETHER] = parts, together
+    scratch = layout(0, size, KP, VP, together * rows, job.unit).end
+    items = N * -(-H // together) * parts
     run(
         job.kernel, desc, items, scratch, threads, address=desc.buffer_info()[0],
         flops=job.flops // max(1, items),
