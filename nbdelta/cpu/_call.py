@@ -146,3 +146,11 @@ def next_item(desc, worker):
             if item < end:
                 return item
     return -1
+
+
+@njit()
+def ends_share(desc, item):
+    """Whether the item behind this one is of another worker's share, or there is none."""
+    items, workers = desc[ITEMS], desc[WORKERS]
+    share = ((item + 1) * workers + items - 1) // items
+    return items * share // workers == item + 1

@@ -58,11 +58,13 @@ class Memory:
         assembly = ir.InlineAsm(kind, text, constraints, side_effect=True)
         self.b.call(assembly, [self.integer(a).ir for a in addresses])
 
-    def prefetch(self, address, write=False):
+    def prefetch(self, address, write=False, second=False):
+        """Bring a line into the first cache, or only as far as the second one."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         pointer = self.b.inttoptr(address.ir, I8.as_pointer())
-        self.b.call(function, [pointer, *(ir.Constant(I32, x) for x in (int(write), 3, 1))])
+        options = [ir.Constant(I32, x) for x in (int(write), 2 if second else 3, 1)]
+        self.b.call(function, [pointer, *options])
 
     # ---- dtypes in memory: "float32" "float64" "float16" "bfloat16" ----
 

@@ -2,8 +2,8 @@
 
 A step reads the state front to back for the sums S^T e^g k and S^T e^g q, and writes it back to
 front, since what was read last is still in the cache. With `far` each pass fetches half a state:
-the second half of this one, then the first half of the one behind it, unless whole rows go by in
-order and are of 32 or 64 bits. Source and target may be the same.
+the second half of this one, then the first half of the one behind it, or none with `alone`, where
+another thread may write to that one. Source and target may be the same.
 
 All forms of the same numbers in memory give the same bits: every sum goes over the keys in order.
 ``STATE`` is the NumPy type of the numbers of the state, ``np.uint16`` for bfloat16.
@@ -31,13 +31,14 @@ HOLDS_SUMS = BITS == 512  # in registers, of which there are enough
 
 @njit()
 def _step_by_columns(
-    REAL, STATE, source, step, target, target_step, K, V, ahead, far, k, gated, v, beta, scale, qk,
+    REAL, STATE, source, step, target, target_step, K, V, far, alone, k, gated, v, beta, scale, qk,
     sums, o,
 ):  # fmt: skip
     """As `step`, for as many columns at a time as have their sums in registers."""
     SIZE, size, held = itemsize(REAL), itemsize(STATE), columns_held(REAL)
     key, second = (K + W - 1) // W * W * SIZE, V * SIZE
-    decay, reach = gated + 2 * key, held * size // 2 * far
+    decay = gated + 2 * key
+    ahead, reach = source + K * V * size // 2 * far, held * size // 2 * far
     for c in range(0, V, held):
         read_columns(
             REAL, STATE, source + c * size, step, K, gated, key, sums + c * SIZE, second, ahead,
@@ -45,6 +46,8 @@ def _step_by_columns(
         )  # fmt: skip
         ahead += K * reach
     finish_sums(REAL, STATE, v, beta, scale, qk, V, sums, o)
+    if alone:
+        ahead, reach = source, 0
     for c in range(V - held, -1, -held):
         write_columns(
             REAL, STATE, source + c * size, step, target + c * size, target_step, K, k, decay,
@@ -55,7 +58,8 @@ def _step_by_columns(
 
 @njit()
 def step(
-    REAL, STATE, source, step, target, target_step, K, V, far, k, gated, v, beta, scale, qk, sums, o
+    REAL, STATE, source, step, target, target_step, K, V, far, alone, k, gated, v, beta, scale, qk,
+    sums, o,
 ):  # fmt: skip
     """One token on a state [K, V] with contiguous values, a multiple of 16 of them."""
     SIZE, half = itemsize(REAL), V * itemsize(STATE) // 2
@@ -63,14 +67,14 @@ def step(
     decay = gated + 2 * key
     # registers of sums are to be aligned where those of the state are
     sums += source % LINE
-    ahead, reach = source + K * half * far, ROWS * half * far
     if HOLDS_SUMS:
         if V % columns_held(REAL) == 0:
             _step_by_columns(
-                REAL, STATE, source, step, target, target_step, K, V, ahead, far, k, gated, v, beta,
+                REAL, STATE, source, step, target, target_step, K, V, far, alone, k, gated, v, beta,
                 scale, qk, sums, o,
             )  # fmt: skip
             return
+    ahead, reach = source + K * half * far, ROWS * half * far
     zero_rows(REAL, sums, 2 * V // W)
     i = 0
     while i + ROWS <= K:
@@ -83,6 +87,8 @@ def step(
         read_row(REAL, STATE, rows, step, V, at, key, sums, second, ahead)
         i += 1
     finish_sums(REAL, STATE, v, beta, scale, qk, V, sums, o)
+    if alone:
+        ahead, reach = source, 0
     while i % ROWS:
         i -= 1
         rows, written, at = source + i * step, target + i * target_step, i * SIZE
@@ -98,7 +104,8 @@ def step(
 
 @njit()
 def step_v_first(
-    REAL, STATE, source, step, target, target_step, K, V, far, k, gated, v, beta, scale, qk, sums, o
+    REAL, STATE, source, step, target, target_step, K, V, far, alone, k, gated, v, beta, scale, qk,
+    sums, o,
 ):  # fmt: skip
     """One token on a state [V, K] with contiguous keys; K and V are multiples of 16."""
     SIZE, half = itemsize(REAL), K * itemsize(STATE) // 2
@@ -110,6 +117,8 @@ def step_v_first(
         read_values(REAL, STATE, rows, step, K, gated, key, at, second, ahead)
         ahead += reach
     finish_sums(REAL, REAL, v, beta, scale, qk, V, sums, o)
+    if alone:
+        ahead, reach = source, 0
     for i in range(V - W, -1, -W):
         rows, written, d = source + i * step, target + i * target_step, sums + i * SIZE
         write_values(REAL, STATE, rows, step, written, target_step, K, k, gated + 2 * key, d, ahead)

@@ -6,7 +6,7 @@ memory. It takes the 32 registers of AVX-512.
 
 from nbdelta.cpu._simd import constant_of, size_of, tile
 from nbdelta.cpu._step_tiles import LINE, load_state, scratch_row, store_scratch, store_state
-from nbdelta.cpu._vector_unit import native_lanes
+from nbdelta.cpu._vector_unit import FORESEES_ROWS, native_lanes
 
 HELD = 8  # registers of columns: with two sums each they take half of the 32 registers of AVX-512
 
@@ -29,11 +29,12 @@ def _over_registers(e, dtype, state, emit):
 
 
 def _fetch_half(e, dtype, ahead):
-    """Fetch half a row, of states of 16 bits: what is read of others the processor foresees."""
-    if size_of(dtype) > 2:
+    """Fetch half a row: of 32 or 64 bits into the second cache, or not at all."""
+    wide = size_of(dtype) > 2
+    if wide and FORESEES_ROWS:
         return
     for line in range(0, HELD * e.lanes * size_of(dtype) // 2, LINE):
-        e.prefetch(ahead + line)
+        e.prefetch(ahead + line, second=wide)
 
 
 @tile

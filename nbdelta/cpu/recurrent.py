@@ -54,6 +54,7 @@ from nbdelta.cpu._call import (
     at,
     checkpoint_starts,
     describe,
+    ends_share,
     next_item,
     real,
     sequence,
@@ -221,12 +222,15 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
             item = next_item(desc, worker)
             if item < 0:
                 break
+            alone = ends_share(desc, item)
             item += desc[FIRST]
             j, hk, seq = item % r, item // r % desc[H], item // desc[HV]
             hv = value_head(desc, hk, j)
             b, bos, eos = sequence(desc, seq)
             if eos - bos < desc[MIN_LENGTH] or eos - bos > desc[MAX_LENGTH]:
                 continue
+            if desc[STATE_INDICES] and (item + 1) % desc[HV] == 0:
+                alone = True
             slot = _first_slot(desc, seq)
             if slot == PADDED:
                 _zero_output(REAL, o, b, bos, eos, hv, nv, o_row)
@@ -263,7 +267,7 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                 if OTHER:
                     if in_its_form:
                         args = (
-                            nk, nv, 1, k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                            nk, nv, 1, alone, k_row, gated, v_row, beta, scale, qk, sums, o_row,
                         )  # fmt: skip
                         if V_FIRST:
                             step_v_first(REAL, STATE, source, h0[5], target, ht[5], *args)
@@ -276,11 +280,11 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
                     target, target_step = state, VP * SIZE
                     if to_output and kept != PADDED:
                         target, target_step = at(ht, kept, hv, 0), ht[4]
-                # behind scratch is what another thread writes to
+                # scratch is in the cache
                 far = int(source != state)
                 step(
                     REAL, REAL, source, source_step, target, target_step, nk, VP, far,
-                    k_row, gated, v_row, beta, scale, qk, sums, o_row,
+                    alone, k_row, gated, v_row, beta, scale, qk, sums, o_row,
                 )  # fmt: skip
                 source, source_step = target, target_step
                 store_row(REAL, o[1], o_row, nv, at(o, b, t, hv), o[5])
