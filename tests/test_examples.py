@@ -41,12 +41,17 @@ def test_generate(tmp_path):
     assert printed.endswith("the same as without nbdelta: True\n")
 
 
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"".join(b"the number %d comes after %d. " % (i + 1, i) for i in range(900)))
+    return path
+
+
 @pytest.mark.parametrize("gate", ["gda", "kda"])
-def test_train_language_model(tmp_path, gate):
+def test_train_language_model(tmp_path, text, gate):
     for package in ("torch", "rich", "safetensors", "matplotlib"):
         pytest.importorskip(package)
-    text = tmp_path / "text"
-    text.write_bytes(b"".join(b"the number %d comes after %d. " % (i + 1, i) for i in range(900)))
     printed = run(
         "train_language_model.py", tmp_path, *TINY, "--gate", gate, "--text", text,
         "--steps", "100", "--plot", "loss.png", "--checkpoint", "model",
@@ -68,13 +73,14 @@ def test_train_language_model(tmp_path, gate):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_torch_backend_learns_the_same(tmp_path):
+def test_the_torch_backend_learns_the_same(tmp_path, text):
     pytest.importorskip("transformers")
     losses = []
     for backend in ("nbdelta", "torch"):
         printed = run(
-            "train_language_model.py", tmp_path, *TINY, "--steps", "3", "--backend", backend
-        )
+            "train_language_model.py", tmp_path, *TINY, "--text", text, "--steps", "3",
+            "--backend", backend,
+        )  # fmt: skip
         losses.append(re.findall(r"^ +\d+ +([\d.]+) +([\d.]+) +\d+$", printed, re.MULTILINE))
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
