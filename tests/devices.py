@@ -71,6 +71,8 @@ def _keep_ptx():
 
     from nbdelta.cuda import _cache, _jit
 
+    # a part of what ships, and of some kernels it changes the code
+    abi._OPTS = (*abi._OPTS, "launch_bounds")
     compile_kernel, compiled = abi.compile_kernel, _jit.Kernel._compiled
     names, found = {}, {}
 
@@ -83,7 +85,7 @@ def _keep_ptx():
         if launched in found:
             return found[launched]
         name = names.get(dispatcher)
-        key = ("PTX", name, *launched[1:])
+        key = _key_of_ptx(name, *launched[1:])
         entry = _cache.load(key) if name else None
         if entry:
             texts = tuple(entry[1].decode().split("\0"))
@@ -95,6 +97,18 @@ def _keep_ptx():
         return texts
 
     abi.compile_kernel, _jit.Kernel._compiled = kept, with_name
+
+
+def _key_of_ptx(name, types, capability, options):
+    return "PTX", name, types, capability, options
+
+
+def leave_ptx(kernel, types, capability, text):
+    """Leave the PTX of a kernel to the processes that run the emulator."""
+    from nbdelta.cuda import _cache
+
+    key = _key_of_ptx(kernel.key, tuple(types), tuple(capability), repr({}))
+    _cache.save(key, b"", text.encode())
 
 
 class OnDevice:

@@ -50,7 +50,7 @@ BUDGETS = (
     Budget("backward scan, bfloat16", 224, 43 * 1024, 1, PLANES),
     Budget("backward scan, *", 255, 91 * 1024, 1, PLANES),
     Budget("backward reads, K 256", 224, 62 * 1024, 1, PLANES),
-    Budget("backward reads, *", 168, 37 * 1024, 1, PLANES),
+    Budget("backward reads, *", 176, 37 * 1024, 1, PLANES),
     # without tensor cores
     Budget("backward channels, *", 255, 76 * 1024, 1),
     Budget("backward weights", 168, 27 * 1024, 1),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from devices import leave_ptx
 from ptx_budget import BUDGETS, SHARED, occupancy
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -36,6 +37,10 @@ def budget_of(name):
     return next((row for row in BUDGETS if fnmatchcase(name, row.pattern)), None)
 
 
+def bounds_of(kernel):
+    return kernel.dispatcher.targetoptions["launch_bounds"]
+
+
 def compile_ptx(kernel, length, monkeypatch):
     """The PTX of a kernel for every kind of GPU.
 
@@ -46,15 +51,19 @@ def compile_ptx(kernel, length, monkeypatch):
     device = SimpleNamespace(compute_capability=OLDEST)
     for module in (compiler, dispatcher):
         monkeypatch.setattr(module, "get_current_device", lambda: device)
+    arguments = (types.UniTuple(types.int64, length),)
     library, _ = compiler._compile_pyfunc_with_fixup(
         kernel.dispatcher.py_func,
-        (types.UniTuple(types.int64, length),),
+        arguments,
         device=False,
         abi="numba",
         cc=OLDEST,
-        launch_bounds=kernel.dispatcher.targetoptions["launch_bounds"],
+        launch_bounds=bounds_of(kernel),
     )
-    return {arch: library.get_asm_str(cc=cc) for arch, cc in ARCHES.items()}
+    texts = {arch: library.get_asm_str(cc=cc) for arch, cc in ARCHES.items()}
+    for arch, cc in ARCHES.items():
+        leave_ptx(kernel, arguments, cc, texts[arch])
+    return texts
 
 
 def find_ptxas():
@@ -106,7 +115,7 @@ def test_kernel(name, kernel, length, shared, monkeypatch, tmp_path):
         if shared > SHARED[arch][1]:
             continue  # not for this kind, whose blocks have less shared memory
         assert f".target {arch}" in ptx
-        assert f".maxntid {kernel.threads}" in ptx
+        assert (f".maxntid {kernel.threads}" in ptx) == (bounds_of(kernel) is not None)
         # a launch hands over the descriptor as one piece of memory
         assert ptx.count(".param .u64") == length
         assert ".local" not in ptx

@@ -141,7 +141,7 @@ def _by_warps(dtype, do_dtype, KP, wide):
         low, high = other if odd else x, y if odd else other
         store_pair(uint32(address + place), low, high, uint32(plane_bytes))
 
-    @kernel(THREADS)
+    @kernel(THREADS, None)
     def backward_reads_kernel(desc):
         s = cuda.shared.array(0, REAL)
         base = shared_address(s)
@@ -223,7 +223,7 @@ def _by_threads(dtype, do_dtype, KP, wide):
     STEP = threads // SLICE
     zero = REAL(0)
 
-    @kernel(threads)
+    @kernel(threads, None)
     def backward_reads_kernel(desc):
         s = cuda.shared.array(0, REAL)
         tid = cuda.threadIdx.x

@@ -58,12 +58,16 @@ def kernel(threads, blocks_per_sm=1):
     ----------
     threads : int
         Threads in a block.
-    blocks_per_sm : int
-        Blocks that are to fit on a multiprocessor at once; bounds the registers.
+    blocks_per_sm : int, optional
+        Blocks that are to fit on a multiprocessor at once; bounds the registers. With None the
+        compiler is not told how many threads there are, which makes it choose longer code for
+        addresses in some kernels.
     """
 
     def make(function):
-        options = {"launch_bounds": (threads, blocks_per_sm), "lto": False}
+        options = {"lto": False}
+        if blocks_per_sm is not None:
+            options["launch_bounds"] = threads, blocks_per_sm
         return Kernel(cuda.jit(function, **{} if SIMULATOR else options), threads)
 
     return make
