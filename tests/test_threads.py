@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from cases import FORWARD, assert_same_bits
 
@@ -29,6 +30,32 @@ def test_concurrent_calls_have_the_bits_of_calls_alone(rule):
             results = pool.map(lambda call: rule(**call)[0], calls)
             for x, y in zip(results, expected, strict=True):
                 assert_same_bits(x, y)
+
+
+def _calls():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 150, 5, 32)).astype(np.float32)
+    L = np.tril(rng.standard_normal((11, 40, 40)), -1) / 9 + np.eye(40)
+    call = make_inputs(0, 3, 40, 3, 6, 24, 20, "kda", states=3)
+    yield "solve_tril", lambda: nbdelta.solve_tril(x / 9)
+    yield "solve_triangular", lambda: nbdelta.solve_triangular(L, L)
+    yield "fused_gate", lambda: nbdelta.fused_gate(x)
+    yield "chunk_local_cumsum", lambda: nbdelta.chunk_local_cumsum(x, 16)
+    yield "chunk_kda", lambda: nbdelta.chunk_kda(**call)[0]
+    yield (
+        "chunk_gated_delta_rule_bwd",
+        lambda: nbdelta.chunk_gated_delta_rule_bwd(**call, do=call["v"])[0],
+    )
+
+
+@pytest.mark.parametrize(("name", "call"), [pytest.param(*c, id=c[0]) for c in _calls()])
+def test_work_in_batches_has_the_same_bits(monkeypatch, name, call):
+    """A long call comes back to Python between its batches; every worker then has one item each."""
+    from nbdelta.cpu import _team
+
+    whole = call()
+    monkeypatch.setattr(_team, "BATCH_FLOPS", 1)
+    assert_same_bits(call(), whole)
 
 
 AFTER_FORK = """

@@ -25,7 +25,7 @@ MIN_LENGTH, MAX_LENGTH = 108, 109
 # work: address of the kernel, numbers of items and workers, parts of a head, scratch (address,
 # bytes a worker)
 KERNEL, ITEMS, WORKERS, PARTS, SCRATCH, SCRATCH_STEP = range(110, 116)
-# item of the whole call that is the first one of this batch, where the shares below are used
+# item of the whole call that is the first one of this batch, where workers have shares
 FIRST = 116
 # address of U of all blocks, which the forward pass keeps for the backward pass, or 0
 KEPT_ROWS = 117
@@ -135,7 +135,8 @@ def value_head(desc, key_head, j):
 def next_item(desc, worker):
     """Claim an item: the next one of the worker's share, then of the others' shares; -1: none.
 
-    A share is a run of items, so that a worker goes through memory from front to back.
+    A share is a run of items, so that a worker goes through memory from front to back, and what is
+    fetched behind an item is not what another worker writes to.
     """
     items, workers = desc[ITEMS], desc[WORKERS]
     for i in range(workers):
@@ -144,13 +145,13 @@ def next_item(desc, worker):
         if desc[NEXT + 8 * share] < end - first:
             item = first + claim(desc, NEXT + 8 * share)
             if item < end:
-                return item
+                return item + desc[FIRST]
     return -1
 
 
 @njit()
 def ends_share(desc, item):
     """Whether the item behind this one is of another worker's share, or there is none."""
-    items, workers = desc[ITEMS], desc[WORKERS]
-    share = ((item + 1) * workers + items - 1) // items
-    return items * share // workers == item + 1
+    items, workers, end = desc[ITEMS], desc[WORKERS], item + 1 - desc[FIRST]
+    share = (end * workers + items - 1) // items
+    return items * share // workers == end

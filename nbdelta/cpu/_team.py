@@ -19,7 +19,7 @@ import numpy as np
 from numba.np.ufunc import parallel
 
 from nbdelta.cpu import _atomic as atomic
-from nbdelta.cpu._call import ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
+from nbdelta.cpu._call import FIRST, ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
 from nbdelta.cpu._descriptor import read_int64
 from nbdelta.cpu._jit import kernel
 
@@ -172,7 +172,9 @@ def _scratch(size):
     return kept[1]
 
 
-def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, flops=0):
+def run(
+    kernel, desc, items, scratch_bytes, threads, brief=False, address=None, flops=0, shares=False
+):  # fmt: skip
     """Run `items` items of a kernel on up to `threads` threads, `scratch_bytes` of memory each.
 
     Parameters
@@ -192,6 +194,8 @@ def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, 
         Of one item, or what takes as long, if the call may be long. It then comes back to Python
         several times a second, where an interrupt from the keyboard is noticed; no item is left
         half done.
+    shares : bool
+        Whether the kernel takes its items by `next_item`.
     """
     if items == 0:
         return
@@ -203,7 +207,14 @@ def run(kernel, desc, items, scratch_bytes, threads, brief=False, address=None, 
     address = desc.ctypes.data if address is None else address
     first, together = 0, workers * max(1, BATCH_FLOPS // flops) if flops else items
     while first < items:
-        desc[NEXT], desc[ITEMS] = first, min(items, first + together)
+        end = min(items, first + together)
+        if shares:
+            desc[FIRST], desc[ITEMS] = first, end - first
+            if first:
+                for worker in range(workers):
+                    desc[NEXT + 8 * worker] = 0
+        else:
+            desc[NEXT], desc[ITEMS] = first, end
         begin = time.perf_counter() if flops else 0.0
         if workers == 1:
             kernel(address, 0)

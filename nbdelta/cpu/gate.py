@@ -13,9 +13,7 @@ from nbdelta.cpu._call import (
     BOUND,
     DT_BIAS,
     HV,
-    ITEMS,
     LENGTH,
-    NEXT,
     SCRATCH,
     SCRATCH_STEP,
     B,
@@ -25,11 +23,11 @@ from nbdelta.cpu._call import (
     T,
     array_at,
     at,
+    next_item,
     put_array,
     put_float,
     real,
 )
-from nbdelta.cpu._descriptor import claim
 from nbdelta.cpu._gate_tiles import bounded_row, softplus_row
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
@@ -125,8 +123,8 @@ def _gate_kernel(REAL):
         blocks = (desc[T] + desc[TOKENS] - 1) // desc[TOKENS]
         loaded = -1
         while True:
-            item = claim(desc, NEXT)
-            if item >= desc[ITEMS]:
+            item = next_item(desc, worker)
+            if item < 0:
                 break
             # heads vary fastest: they usually lie side by side, in the same pages of memory
             hv, block, b = item % desc[HV], item // desc[HV] % blocks, item // desc[HV] // blocks
@@ -174,4 +172,4 @@ def fused_gate(x, out, A_log, dt_bias, lower_bound):
     size = math.prod(x.shape)
     threads = thread_count() if size >= SERIAL else 1
     flops = FLOPS * size // max(1, items)
-    run(_gate_kernel(REAL), desc, items, scratch, threads, size < BRIEF, flops=flops)
+    run(_gate_kernel(REAL), desc, items, scratch, threads, size < BRIEF, flops=flops, shares=True)

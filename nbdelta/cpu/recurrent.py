@@ -27,7 +27,6 @@ from nbdelta.cpu._call import (
     CU_SEQLENS,
     DT_BIAS,
     EPS,
-    FIRST,
     H0,
     HT,
     HV,
@@ -77,7 +76,7 @@ from nbdelta.cpu._memory import (
 from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._step import step, step_v_first
 from nbdelta.cpu._step_tiles import LINE, channel_gates, dot_row, head_gate, inverse_norm, scale_row
-from nbdelta.cpu._team import run, thread_count
+from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._tiles import sigmoid_row
 from nbdelta.cpu._vector_unit import W
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
@@ -223,7 +222,6 @@ def _recurrent_kernel(REAL, PER_CHANNEL, STATE, V_FIRST):
             if item < 0:
                 break
             alone = ends_share(desc, item)
-            item += desc[FIRST]
             j, hk, seq = item % r, item // r % desc[H], item // desc[HV]
             hv = value_head(desc, hk, j)
             b, bos, eos = sequence(desc, seq)
@@ -354,15 +352,13 @@ def job_of(problem, max_length=None):
 def start(job, desc):
     """Run a job with a descriptor that is complete."""
     threads = thread_count() if job.size >= SERIAL_BYTES else 1
-    brief = job.size < BRIEF_BYTES
-    if job.work <= BATCH_BYTES:
-        run(job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0])
-        return
-    together = threads * max(1, BATCH_BYTES * job.items // job.work)
-    for first in range(0, job.items, together):
-        batch, items = desc[:], min(together, job.items - first)
-        batch[FIRST] = first
-        run(job.kernel, batch, items, job.scratch, threads, False, batch.buffer_info()[0])
+    brief, flops = job.size < BRIEF_BYTES, 0
+    if job.work > BATCH_BYTES:
+        flops = BATCH_FLOPS * job.work // (BATCH_BYTES * job.items)
+    run(
+        job.kernel, desc, job.items, job.scratch, threads, brief, desc.buffer_info()[0], flops,
+        shares=True,
+    )  # fmt: skip
 
 
 def fused_recurrent_gated_delta_rule(problem, max_length=None):

@@ -11,9 +11,7 @@ from functools import cache, lru_cache
 import numpy as np
 
 from nbdelta.cpu._call import (
-    ITEMS,
     LENGTH,
-    NEXT,
     PARTS,
     SCRATCH,
     SCRATCH_STEP,
@@ -22,9 +20,10 @@ from nbdelta.cpu._call import (
     O,
     V,
     array_at,
+    next_item,
 )
 from nbdelta.cpu._cumsum_blocks import chunk_bounds, offsets
-from nbdelta.cpu._descriptor import claim, read_int64
+from nbdelta.cpu._descriptor import read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._memory import (
     DTYPES,
@@ -97,8 +96,8 @@ def _solve_kernel(REAL):
         panel = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
         staged, right, inverse, negative, x, _ = _layout(panel, SIZE, desc[K], per_part)
         while True:
-            item = claim(desc, NEXT)
-            if item >= desc[ITEMS]:
+            item = next_item(desc, worker)
+            if item < 0:
                 break
             entry = desc[MATRICES] + item // parts * 32
             source, b_source = read_int64(entry), read_int64(entry + 8)
@@ -181,7 +180,7 @@ def _run(matrix, b, out, axes, table, rows, columns, unit_diagonal):
     brief, items = flops < BRIEF_FLOPS, len(table) * parts
     # a small matrix takes twice as long as its flops
     flops = 2 * flops // items
-    run(_solve_kernel(REAL), desc, items, scratch, threads, brief, flops=flops)
+    run(_solve_kernel(REAL), desc, items, scratch, threads, brief, flops=flops, shares=True)
 
 
 def _chunks(shape, strides, out_strides, cu_seqlens=None):
