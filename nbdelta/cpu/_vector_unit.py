@@ -25,9 +25,17 @@ _ARM = binding.get_default_triple().startswith(("aarch64", "arm64"))
 CONVERTS_HALF = _ARM or "+f16c" in features()
 # x 2^n in one instruction, on whole registers of AVX-512
 SCALES = "+avx512f" in features()
+
+
+def _name():
+    """Processor that Numba compiles for, as LLVM calls it."""
+    named = numba.config.CPU_NAME
+    return binding.get_host_cpu_name() if named in (None, "", "host") else named
+
+
 # whether rows of a state that follow each other are in the cache before they are asked for, as on
 # AMD's cores with AVX-512; Intel's stop at the end of every page
-FORESEES_ROWS = (numba.config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
+FORESEES_ROWS = _name().startswith("znver")
 
 
 def vector_unit():

@@ -140,11 +140,8 @@ def _store_states(REAL, desc, ht, slot, hk, heads, first, last, states, head, st
 
 @cache
 def _key_head_block(PER_CHANNEL, unit):
-    key_head, value_strips = (
-        panels.key_head(PER_CHANNEL, unit),
-        strips.value_strips(PER_CHANNEL, unit),
-    )
-    head_gates, channel_gates = panels.head_gates(unit), panels.channel_gates(unit)
+    key_head, head_gates = panels.key_head(PER_CHANNEL, unit), panels.head_gates(unit)
+    channel_gates, value_strips = panels.channel_gates(unit), strips.value_strips(PER_CHANNEL, unit)
 
     @njit()
     def key_head_block(
