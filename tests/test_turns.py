@@ -5,6 +5,7 @@ import pytest
 from cases import assert_same_bits, use_unit
 
 import nbdelta
+from nbdelta import repeat
 from nbdelta.cpu import chunk
 from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
 from nbdelta.testing import make_inputs
@@ -31,21 +32,37 @@ def test_no_thread_has_more_to_do(threads):
                 assert all(heaviest(sequences, H, n, threads) > alone for n in more)
 
 
-def test_the_states_of_a_turn_fit_the_second_cache_and_its_work_a_second(monkeypatch):
+@pytest.fixture
+def most(monkeypatch):
+    """Function of a call: key heads that may take turns in it, and flops of all of them."""
     jobs, job_of = [], chunk.job_of
 
     def recording(*args):
         jobs.append(job_of(*args))
         return jobs[-1]
 
+    def most(T, **options):
+        monkeypatch.setattr(repeat, "_chunk_plans", [])
+        call = make_inputs(0, 1, T, 32, 32, 16, 32)
+        nbdelta.chunk_gated_delta_rule(**call, **options)
+        return jobs[-1].most, jobs[-1].flops
+
     monkeypatch.setattr(chunk, "job_of", recording)
-    for T in (40, 20_000):
-        call = make_inputs(0, 1, T, 32, 32, 16, 16)
-        nbdelta.chunk_gated_delta_rule(**call)
-    short, long = jobs[0], jobs[-1]
-    assert short.most == 3  # blocks of a sequence
-    assert 3 < long.most <= chunk.STATES // (4 * 16 * 16)
-    assert long.most * long.flops <= 32 * chunk.ITEM_FLOPS
+    return most
+
+
+def test_not_more_heads_than_blocks_or_than_the_second_cache_holds(most, monkeypatch):
+    assert most(40)[0] == 3
+    monkeypatch.setattr(chunk, "STATES", 5 * 4 * (16 + 32) * 32)  # with U and e^(G_last - G) U
+    assert most(400)[0] == 5
+
+
+def test_an_item_is_as_much_work_as_an_interrupt_may_wait_for(most, monkeypatch):
+    _, flops = most(400)
+    monkeypatch.setattr(chunk, "ITEM_FLOPS", 4 * flops // 32)
+    assert most(400)[0] == 4
+    # one sequence has nearly all tokens
+    assert most(400, cu_seqlens=np.array([0, 1, 2, 400]))[0] == 4
 
 
 @pytest.mark.parametrize("unit", [FLOATS, DOTS, SQUARES])

@@ -30,7 +30,7 @@ FIRST = 116
 # address of U of all blocks, which the forward pass keeps for the backward pass, or 0
 KEPT_ROWS = 117
 # key heads of an item, which take turns block by block
-TOGETHER = 118
+HEADS_TOGETHER = 118
 # items claimed, of all or of each worker's share: on cache lines of their own, since all threads
 # write to them
 NEXT = 128

@@ -27,6 +27,7 @@ from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
     CHECKPOINTS,
     H0,
+    HEADS_TOGETHER,
     HT,
     HV,
     INTERVAL,
@@ -38,7 +39,6 @@ from nbdelta.cpu._call import (
     PARTS,
     SCRATCH,
     SCRATCH_STEP,
-    TOGETHER,
     H,
     K,
     Q,
@@ -174,7 +174,8 @@ def _chunk_kernel(REAL, PER_CHANNEL, unit):
     def chunk_kernel(desc, worker):
         h0, ht, kept = array_at(desc, H0), array_at(desc, HT), array_at(desc, CHECKPOINTS)
         r, interval, parts = desc[HV] // desc[H], desc[INTERVAL], desc[PARTS]
-        together, turns = desc[TOGETHER], (desc[H] + desc[TOGETHER] - 1) // desc[TOGETHER]
+        together = desc[HEADS_TOGETHER]
+        turns = (desc[H] + together - 1) // together
         KP, VP = padded(REAL, desc[K]), padded(REAL, desc[V])
         per_part = (VP // W + parts - 1) // parts
         states = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
@@ -268,10 +269,11 @@ def job_of(problem, min_length=0):
     kernel = _chunk_kernel(REAL, p.per_channel, unit)
     flops = (6 * KP * VP + TOKEN_FLOPS) * p.HV * p.B * p.T
     alike = p.N if p.cu_seqlens is None else 1
-    # their states stay in the second cache and do not wait for each other's at the start
+    # their states stay in the second cache and do not wait for each other's at the start; of packed
+    # sequences one may have nearly all tokens, and which one is not known to calls that repeat
     states = sizes[2] * (VP // W * strip_rows(KP, unit) + waiting_rows(KP, unit)) * W * sizes[-1]
     blocks = -(-p.B * p.T // (W * max(1, p.N)))
-    most = min(blocks, STATES // max(1, states), ITEM_FLOPS * p.N * p.H // max(1, flops))
+    most = min(blocks, STATES // max(1, states), ITEM_FLOPS * alike * p.H // max(1, flops))
     return Job(kernel, unit, array("q", desc.tobytes()), sizes, alike, most, flops, starts)
 
 
@@ -295,7 +297,7 @@ def start(job, desc):
     parts = -(-strips // per_part)
     rows = r * (per_part * strip_rows(KP, job.unit) + waiting_rows(KP, job.unit))
     together = heads_together(job.alike, H, job.most, threads)
-    desc[PARTS], desc[TOGETHER] = parts, together
+    desc[PARTS], desc[HEADS_TOGETHER] = parts, together
     scratch = layout(0, size, KP, VP, together * rows, job.unit).end
     items = N * -(-H // together) * parts
     run(

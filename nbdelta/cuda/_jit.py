@@ -59,8 +59,8 @@ def kernel(threads, blocks_per_sm=1):
     threads : int
         Threads in a block.
     blocks_per_sm : int, optional
-        Blocks that are to fit on a multiprocessor at once; bounds the registers. With None the
-        compiler is not told how many threads there are, which makes it choose longer code for
+        Blocks that are to fit on a multiprocessor at once; bounds the registers. None: the
+        compiler is told neither that nor the number of threads. Told, it makes longer code for the
         addresses in some kernels.
     """
 
