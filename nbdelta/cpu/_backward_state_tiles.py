@@ -39,12 +39,12 @@ U_ROWS, SUFFIX_ROWS, ERROR_ROWS, ROWS_BEHIND = 0, W, 2 * W, 3 * W
 def solve_errors(e, keys, a, state, u, n, first, gates, v, v_step, beta):
     """Rows first.. of E = V - e^G K S - M U and of U = beta E; `a` holds -M."""
     v, at = v + v_step * first, first * e.size
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, keys + at, state, n)
+    acc = fma_panel(e, [e.splat(0.0)] * e.mr, keys + at, [state], n)
     for i in range(e.mr):
         gate = e.bcast(gates + at, KEY_GATE * e.row + i * e.size)
         acc[i] = e.fma(acc[i], gate, e.load(v + v_step * i))
     if e.mr < W:
-        acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
+        acc = fma_panel(e, acc, a + at, [u], first, maybe_empty=True)
     triangle, u = a + first * e.row + at, u + first * e.row
     for j in range(e.mr):
         x = acc[j] * e.bcast(beta + at, j * e.size)

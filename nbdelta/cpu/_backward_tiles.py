@@ -38,13 +38,13 @@ def solve_transposed(e, keys, at, pt, dstate, do, y, n, first, gates, beta, erro
     lane by lane.
     """
     lane = first * e.size
-    acc = fma_panel(e, [e.splat(0.0)] * e.mr, keys + lane, dstate, n)
+    acc = fma_panel(e, [e.splat(0.0)] * e.mr, keys + lane, [dstate], n)
     acc = [x * e.bcast(gates + lane, SUFFIX * e.row + i * e.size) for i, x in enumerate(acc)]
     if e.mr < W:
         # the tokens behind this tile
         behind, rest = (first + e.mr) * e.row, (first + (e.mr - W)) * -1
-        acc = fma_panel(e, acc, pt + behind + lane, do + behind, rest, maybe_empty=True)
-        acc = fma_panel(e, acc, at + behind + lane, y + behind, rest, maybe_empty=True)
+        acc = fma_panel(e, acc, pt + behind + lane, [do + behind], rest, maybe_empty=True)
+        acc = fma_panel(e, acc, at + behind + lane, [y + behind], rest, maybe_empty=True)
     own = first * e.row
     for i in range(e.mr):
         x = e.load(do + own, i * e.row)

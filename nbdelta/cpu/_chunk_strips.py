@@ -18,10 +18,12 @@ from nbdelta.cpu._matrix_unit import (
     split_words,
 )
 from nbdelta.cpu._memory import copy_rows, is_plain, load_tokens, store_tokens
-from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
-from nbdelta.cpu._strip_tiles import few_rows, output, solve, update
+from nbdelta.cpu._simd import itemsize, padded
+from nbdelta.cpu._strip_tiles import output, rows_of_tile, solve, update
 from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, pair_rows
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._vector_unit import W, side_by_side
+
+SIDE = side_by_side()
 
 
 @cache
@@ -56,27 +58,23 @@ def _ahead(v, o, k, q, g, b, following, s):
 
 
 @cache
-def _by_panels(PER_CHANNEL, unit):
-    first_product, second_product = solve(PER_CHANNEL, unit), output(unit)
-    few_of_first, few_of_second = solve(PER_CHANNEL, unit, True), output(unit, True)
-    third_product = update(PER_CHANNEL, unit)
+def _products(PER_CHANNEL, unit, side):
+    first_product, second_product = solve(PER_CHANNEL, unit, side), output(unit, side)
+    few_of_first, few_of_second = solve(PER_CHANNEL, unit, side, True), output(unit, side, True)
+    third_product = update(PER_CHANNEL, unit, side)
+    tile, few_tile = rows_of_tile(side), rows_of_tile(side, True)
     PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
 
     @njit()
-    def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
-        """One strip after the other, which stays in the first cache for its three products."""
-        size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
-        row, MR, few = W * size, rows_of_tile(REAL), few_rows(REAL)
+    def products(REAL, desc, m, n, ahead, strip, i, v_step, o_rows, o_step, kept):
+        """The three products of a block and `side` strips, at bytes i of rows of v and o.
+
+        The strips stay in the first cache for all three.
+        """
+        size, KP = itemsize(REAL), padded(REAL, desc[K])
+        row, MR, few = W * size, tile(REAL), few_tile(REAL)
         # the last tokens of a sequence go a few at a time, but for words, which come in pairs
         whole, tokens = n // MR * MR, (n + few - 1) // few * few
-        q, k, v, g, o = (
-            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
-            array_at(desc, O),
-        )  # fmt: skip
-        load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
-        v_step = padded(REAL, width) * size
-        o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
-        kept = kept_rows(REAL, desc, b, t, hv)
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix = m.gates + SUFFIX * row
         keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
@@ -86,45 +84,73 @@ def _by_panels(PER_CHANNEL, unit):
             keys, queries, whole, tokens = m.key_words, m.query_words, W, W
         if DOTS_IN_UPDATE:
             updates, update_step = m.update_words, row // 2
-        for s in range(first, last):
-            strip, i = strips + (s - first) * strip_rows_of(KP, unit) * row, s * row
-            u = strip + KP * row
-            states, words = strip, u + 2 * W * row
-            new_u = u if PER_CHANNEL else u + W * row
-            if PAIRS:
-                states = words
-            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, s)
-            for j in range(0, whole, MR):
-                first_product(
-                    REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
-                    v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
-                )  # fmt: skip
-            for j in range(whole, tokens, few):
-                few_of_first(
-                    REAL, keys, m.a, states, u, KP, j, key_gate, m.v + i, v_step, m.beta, suffix,
-                    v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
-                )  # fmt: skip
-            if kept:
-                keep_rows(REAL, u, n, kept + n * i)
-            for j in range(0, whole, MR):
-                second_product(
-                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step,
-                    o_next[0], o_next[1], q_next[0], q_next[1],
-                )  # fmt: skip
-            for j in range(whole, tokens, few):
-                few_of_second(
-                    REAL, queries, m.p, states, u, KP, j, query_gate, o_rows + i, o_step,
-                    o_next[0], o_next[1], q_next[0], q_next[1],
-                )  # fmt: skip
-            if DOTS_IN_UPDATE:
-                u_words = words + KP // 2 * row
-                pair_rows(REAL, new_u, W, u_words)
-                new_u = u_words
-            for c in range(0, KP, W):
-                third_product(
-                    REAL, updates + c * update_step, tokens, strip + c * row, new_u,
-                    m.decay + c * size, words + c // 2 * row,
-                )  # fmt: skip
+        step = strip_rows_of(KP, unit) * row
+        u = strip + KP * row
+        states, words = strip, u + 2 * W * row
+        new_u = u if PER_CHANNEL else u + W * row
+        if PAIRS:
+            states = words
+        v_next, o_next, k_next, q_next, g_next = ahead
+        for j in range(0, whole, MR):
+            first_product(
+                REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
+                suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
+            )  # fmt: skip
+        for j in range(whole, tokens, few):
+            few_of_first(
+                REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
+                suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
+            )  # fmt: skip
+        if kept:
+            for s in range(side):
+                keep_rows(REAL, u + s * step, n, kept + n * (i + s * row))
+        for j in range(0, whole, MR):
+            second_product(
+                REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
+                o_next[0], o_next[1], q_next[0], q_next[1],
+            )  # fmt: skip
+        for j in range(whole, tokens, few):
+            few_of_second(
+                REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
+                o_next[0], o_next[1], q_next[0], q_next[1],
+            )  # fmt: skip
+        if DOTS_IN_UPDATE:
+            for s in range(side):
+                pair_rows(REAL, new_u + s * step, W, words + KP // 2 * row + s * step)
+            new_u = words + KP // 2 * row
+        for c in range(0, KP, W):
+            third_product(
+                REAL, updates + c * update_step, tokens, strip + c * row, new_u, step,
+                m.decay + c * size, words + c // 2 * row,
+            )  # fmt: skip
+
+    return products
+
+
+@cache
+def _by_panels(PER_CHANNEL, unit):
+    products, products_of_one = _products(PER_CHANNEL, unit, SIDE), _products(PER_CHANNEL, unit, 1)
+
+    @njit()
+    def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
+        """`SIDE` strips after the other, which stay in the first cache for their products."""
+        KP, width = padded(REAL, desc[K]), desc[V]
+        row = W * itemsize(REAL)
+        strip = strip_rows_of(KP, unit) * row
+        q, k, v, g, o = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+            array_at(desc, O),
+        )  # fmt: skip
+        load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
+        v_step = padded(REAL, width) * itemsize(REAL)
+        o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
+        kept = kept_rows(REAL, desc, b, t, hv)
+        for s in range(first, last, SIDE):
+            ahead, own = _ahead(v, o, k, q, g, b, following, s), strips + (s - first) * strip
+            if s + SIDE <= last:
+                products(REAL, desc, m, n, ahead, own, s * row, v_step, o_rows, o_step, kept)
+            else:
+                products_of_one(REAL, desc, m, n, ahead, own, s * row, v_step, o_rows, o_step, kept)
         if o_rows == m.o:
             left, right = first * W, min(width, last * W)
             _store_output(REAL, o, o_rows, o_step, b, t, n, hv, left, right)
@@ -176,7 +202,8 @@ def _keep_update(PER_CHANNEL):
 
 @cache
 def _by_squares(PER_CHANNEL):
-    first_product, second_product = solve(PER_CHANNEL, SQUARES), output(SQUARES)
+    first_product, second_product = solve(PER_CHANNEL, SQUARES, 1), output(SQUARES, 1)
+    tile = rows_of_tile(1)
     words_of, keep_update = split_words(PER_CHANNEL), _keep_update(PER_CHANNEL)
 
     @njit()
@@ -187,7 +214,7 @@ def _by_squares(PER_CHANNEL):
         into the first cache once a block, to be updated and multiplied.
         """
         size, KP, width = itemsize(REAL), padded(REAL, desc[K]), desc[V]
-        row, MR = W * size, rows_of_tile(REAL)
+        row, MR = W * size, tile(REAL)
         q, k, v, g, o = (
             array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
             array_at(desc, O),
@@ -214,13 +241,13 @@ def _by_squares(PER_CHANNEL):
             v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, i)
             for j in range(0, W, MR):
                 first_product(
-                    REAL, reads, m.a, 0, u, KP, j, key_gate, m.v + i * row, v_step, m.beta,
+                    REAL, reads, m.a, 0, u, 0, KP, j, key_gate, m.v + i * row, v_step, m.beta,
                     suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
                 )  # fmt: skip
             for j in range(0, W, MR):
                 second_product(
-                    REAL, reads + W * row, m.p, 0, u, KP, j, query_gate, o_rows + i * row, o_step,
-                    o_next[0], o_next[1], q_next[0], q_next[1],
+                    REAL, reads + W * row, m.p, 0, u, 0, KP, j, query_gate, o_rows + i * row,
+                    o_step, o_next[0], o_next[1], q_next[0], q_next[1],
                 )  # fmt: skip
             if not PER_CHANNEL:
                 u += W * row

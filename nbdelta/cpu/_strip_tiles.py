@@ -1,4 +1,8 @@
-"""The three products of a block and a strip of the state, rows of a register tile at a time."""
+"""The three products of a block and strips of the state, rows of a register tile at a time.
+
+A tile has the same rows of `side` strips, which lie `step` bytes apart: an element of a panel is
+loaded once for all of them. Its vectors are in one list, those of a row one behind the other.
+"""
 
 from functools import cache
 
@@ -10,33 +14,46 @@ from nbdelta.cpu._vector_unit import W, tile_rows
 FEW = 4  # rows of the tiles for the end of a sequence: as many as hide a multiply-add's latency
 
 
-def state_product(e, rows, unit, panel, first, strip, n, ahead):
+def _rows_of(side, few=False):
+    return lambda size: min(FEW, tile_rows(size, side)) if few else tile_rows(size, side)
+
+
+@cache
+def rows_of_tile(side, few=False):
+    """Make a kernel function of REAL: rows of a tile of `side` strips, or of one for `few`."""
+    return constant_of(_rows_of(side, few))
+
+
+def _each(strips, address, step):
+    return [address + step * s for s in range(strips)]
+
+
+def _rows(values, side):
+    """Return the vectors of each row."""
+    return [values[i : i + side] for i in range(0, len(values), side)]
+
+
+def state_product(e, rows, unit, panel, first, strips, n, ahead):
     """Rows first.. of the product of a panel and the state; of `SQUARES` it is there already."""
     ahead = [(x + step * first, step, write) for x, step, write in ahead]
     if unit != SQUARES:
-        acc = [e.splat(0.0)] * rows
+        acc = [e.splat(0.0)] * (rows * len(strips))
         panel = panel + first * e.size
-        return fma_panel(e, acc, panel, strip, n, ahead=ahead, pairs=unit == DOTS)
+        return fma_panel(e, acc, panel, strips, n, ahead=ahead, pairs=unit == DOTS)
     for address, step, write in ahead:
         for i in range(rows):
             e.prefetch(address + step * i, write)
     return [e.load(panel + first * e.row, i * e.row) for i in range(rows)]
 
 
-def _few_rows(size):
-    return min(FEW, tile_rows(size))
-
-
-few_rows = constant_of(_few_rows)
-
-
 @cache
-def solve(per_channel, unit, few=False):
+def solve(per_channel, unit, side, few=False):
     """Make the first product; the panel and the state are words unless the unit is `FLOATS`."""
+    rows_of = _rows_of(side, few)
 
     @tile
     def solve(
-        e, keys, a, states, u, n, first, gate, v, v_step, beta, suffix,
+        e, keys, a, states, u, step, n, first, gate, v, v_step, beta, suffix,
         v_next, v_next_step, k_next, k_step, g_next, g_step,
     ):  # fmt: skip
         """Rows first.. of U = (I + A)^-1 (beta V - beta e^G K S).
@@ -45,56 +62,71 @@ def solve(per_channel, unit, few=False):
         with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
-        v, at, rows = v + v_step * first, first * e.size, _few_rows(e.size) if few else e.mr
+        v, at, rows = v + v_step * first, first * e.size, rows_of(e.size)
         ahead = [(v_next, v_next_step, False), (k_next, k_step, False)]
         if per_channel:
             ahead.append((g_next, g_step, False))
+        states, us = _each(side, states, step), _each(side, u, step)
         acc = state_product(e, rows, unit, keys, first, states, n, ahead)
-        for i in range(rows):
-            x = e.load(v + v_step * i) * e.bcast(beta + at, i * e.size)
-            acc[i] = e.fma(acc[i], e.bcast(gate + at, i * e.size), x)
+        for i, row in enumerate(_rows(acc, side)):
+            factor, key_gate = e.bcast(beta + at, i * e.size), e.bcast(gate + at, i * e.size)
+            for s, x in enumerate(row):
+                value = e.load(v + v_step * i, s * e.row) * factor
+                acc[i * side + s] = e.fma(x, key_gate, value)
         if rows < W:
-            acc = fma_panel(e, acc, a + at, u, first, maybe_empty=True)
-        triangle, u = a + first * e.row + at, u + first * e.row
-        for j in range(rows):
-            e.store(acc[j], u, j * e.row)
+            acc = fma_panel(e, acc, a + at, us, first, maybe_empty=True)
+        acc, triangle = _rows(acc, side), a + first * e.row + at
+        for j, own in enumerate(acc):
+            for u, x in zip(us, own):
+                e.store(x, u + first * e.row, j * e.row)
             if not per_channel:
-                e.store(acc[j] * e.bcast(suffix + at, j * e.size), u, (W + j) * e.row)
+                factor = e.bcast(suffix + at, j * e.size)
+                for u, x in zip(us, own):
+                    e.store(x * factor, u + first * e.row, (W + j) * e.row)
             for i in range(j + 1, rows):
-                acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), acc[j], acc[i])
+                factor = e.bcast(triangle, j * e.row + i * e.size)
+                acc[i] = [e.fma(factor, x, y) for x, y in zip(own, acc[i])]
 
     return solve
 
 
 @cache
-def output(unit, few=False):
+def output(unit, side, few=False):
     """Make the second product."""
+    rows_of = _rows_of(side, few)
 
     @tile
     def output(
-        e, queries, p, states, u, n, first, gate, o, o_step, o_next, o_next_step, q_next, q_step
-    ):
+        e, queries, p, states, u, step, n, first, gate, o, o_step, o_next, o_next_step, q_next,
+        q_step,
+    ):  # fmt: skip
         """Rows first.. of O = scale e^G Q S + P U; `gate` is what Q S is multiplied with."""
-        at, rows = first * e.size, _few_rows(e.size) if few else e.mr
+        at, rows = first * e.size, rows_of(e.size)
         ahead = (o_next, o_next_step, True), (q_next, q_step, False)
-        acc = state_product(e, rows, unit, queries, first, states, n, ahead)
-        acc = [x * e.bcast(gate + at, i * e.size) for i, x in enumerate(acc)]
+        states, us = _each(side, states, step), _each(side, u, step)
+        acc = _rows(state_product(e, rows, unit, queries, first, states, n, ahead), side)
+        for i, row in enumerate(acc):
+            factor = e.bcast(gate + at, i * e.size)
+            acc[i] = [x * factor for x in row]
         if rows < W:
-            acc = fma_panel(e, acc, p + at, u, first, maybe_empty=True)
-        triangle, u = p + first * e.row + at, u + first * e.row
+            acc = [x for row in acc for x in row]
+            acc = _rows(fma_panel(e, acc, p + at, us, first, maybe_empty=True), side)
+        triangle = p + first * e.row + at
         for j in range(rows):
-            x = e.load(u, j * e.row)
+            x = [e.load(u + first * e.row, j * e.row) for u in us]
             for i in range(j, rows):
-                acc[i] = e.fma(e.bcast(triangle, j * e.row + i * e.size), x, acc[i])
+                factor = e.bcast(triangle, j * e.row + i * e.size)
+                acc[i] = [e.fma(factor, *xy) for xy in zip(x, acc[i])]
         o = o + o_step * first
-        for i in range(rows):
-            e.store(acc[i], o + o_step * i)
+        for i, row in enumerate(acc):
+            for s, x in enumerate(row):
+                e.store(x, o + o_step * i, s * e.row)
 
     return output
 
 
 @cache
-def update(per_channel, unit):
+def update(per_channel, unit, side):
     """Make the third product, of all units but `SQUARES`.
 
     The panel has tokens as its rows, and with one gate per token channels. With `DOTS` the rows of
@@ -107,34 +139,44 @@ def update(per_channel, unit):
     token_step, channel_step = (W, 1) if per_channel else (1, W // 2 if dots else W)
 
     @tile
-    def update(e, keys, n, rows, u, decay, words):
+    def update(e, keys, n, rows, u, step, decay, words):
         """16 rows of S = e^G_last S + K^T U over n tokens, where K or U has the factor e^(G_last -
         G); n is a multiple of the tile's rows.
         """
-        rounds = min(4, e.mr)
-        for first in range(0, W, e.mr):
-            channels = range(first, first + e.mr)
+        mr = tile_rows(e.size, side)
+        rounds = min(4, mr)
+        us, states = _each(side, u, step), _each(side, rows, step)
+        for first in range(0, W, mr):
+            channels = range(first, first + mr)
 
             def body(offset, carried, channels=channels):
                 *acc, key = carried
                 for t in range(rounds):
-                    at = [(t * token_step + i * channel_step) * e.size for i in channels]
-                    if dots:
-                        x = e.load_words(u + offset, t * e.row)
-                        acc = [e.dot(key, place, x, y) for place, y in zip(at, acc)]
-                    else:
-                        x = e.load(u + offset, t * e.row)
-                        acc = [e.fma(e.bcast(key, place), x, y) for place, y in zip(at, acc)]
+                    read = e.load_words if dots else e.load
+                    x = [read(u + offset, t * e.row) for u in us]
+                    for i, c in enumerate(channels):
+                        place = (t * token_step + c * channel_step) * e.size
+                        own = slice(i * side, (i + 1) * side)
+                        if dots:
+                            acc[own] = [e.dot(key, place, *xy) for xy in zip(x, acc[own])]
+                        else:
+                            factor = e.bcast(key, place)
+                            acc[own] = [e.fma(factor, *xy) for xy in zip(x, acc[own])]
                 return [*acc, key + rounds * token_step * e.size]
 
-            acc = [e.bcast(decay, i * e.size) * e.load(rows, i * e.row) for i in channels]
+            acc = []
+            for c in channels:
+                factor = e.bcast(decay, c * e.size)
+                acc += [factor * e.load(state, c * e.row) for state in states]
             width = n * (e.row // 2 if dots else e.row)
             *acc, _ = e.loop(width, [*acc, keys], body, rounds * e.row)
-            for i, x in zip(channels, acc):
-                e.store(x, rows, i * e.row)
+            for c, row in zip(channels, _rows(acc, side)):
+                for state, x in zip(states, row):
+                    e.store(x, state, c * e.row)
         if pairs:
-            for i in range(0, W, 2):
-                low, high = (e.load(rows, j * e.row) for j in (i, i + 1))
-                e.store(e.pair(low, high), words, i // 2 * e.row)
+            for state, out in zip(states, _each(side, words, step)):
+                for i in range(0, W, 2):
+                    low, high = (e.load(state, j * e.row) for j in (i, i + 1))
+                    e.store(e.pair(low, high), out, i // 2 * e.row)
 
     return update

@@ -16,37 +16,44 @@ from nbdelta.cpu._simd import tile
 from nbdelta.cpu._vector_unit import W
 
 
-def fetch_lines(e, ahead, i, n):
+def fetch_lines(e, ahead, i, n, strips=1):
     """Bring line i of each of `ahead` into the cache: address, step, whether it will be written.
 
-    There are n of them. Arrays of NumPy lie across lines: past the first n come their ends.
+    They have n rows of one or two strips. Arrays of NumPy lie across lines: behind the lines in
+    which a row of a strip begins comes the one in which the last strip's ends.
     """
     if ahead:
-        line, end = i % n, i // n % 2 * (e.row - 1)
+        parts = 2 * strips
+        line, place = i % n, i // n % parts * ((strips * e.row - 1) // (parts - 1))
     for address, step, write in ahead:
-        e.prefetch(address + step * line + end, write)
+        e.prefetch(address + step * line + place, write)
 
 
-def fma_panel(e, acc, panel, strip, n, maybe_empty=False, ahead=(), pairs=False):
-    """acc[i] += panel[s][i] * strip[s][:] for s < n, a multiple of the rows of a tile.
+def fma_panel(e, acc, panel, strips, n, maybe_empty=False, ahead=(), pairs=False):
+    """acc[i][x] += panel[s][i] * strips[x][s][:] for s < n, a multiple of the rows of a tile.
 
-    With `pairs`, n rows of both are n / 2 rows of words, see `pair_rows`. One line of each
-    of `ahead` is brought into the cache a round, see `fetch_lines`, so that the misses of the next
-    block are spread over the arithmetic of this one.
+    `acc` has the vectors of a row one behind the other, one for each strip. With `pairs`, n rows
+    are n / 2 rows of words, see `pair_rows`. One line of each of `ahead` is brought into the cache
+    a round, see `fetch_lines`, so that the misses of the next block are spread over the arithmetic
+    of this one.
     """
-    unroll = min(4, e.mr)
+    side = len(strips)
+    rows = len(acc) // side
+    unroll = min(4, rows)
 
     def body(offset, acc):
-        fetch_lines(e, ahead, offset // (unroll * e.row), len(acc))
-        a = panel + offset
+        fetch_lines(e, ahead, offset // (unroll * e.row), rows, side)
+        acc, a = list(acc), panel + offset
         for u in range(unroll):
-            at = [u * e.row + i * e.size for i in range(len(acc))]
-            if pairs:
-                x = e.load_words(strip + offset, u * e.row)
-                acc = [e.dot(a, place, x, y) for place, y in zip(at, acc)]
-            else:
-                x = e.load(strip + offset, u * e.row)
-                acc = [e.fma(e.bcast(a, place), x, y) for place, y in zip(at, acc)]
+            read = e.load_words if pairs else e.load
+            x = [read(strip + offset, u * e.row) for strip in strips]
+            for i in range(rows):
+                place, own = u * e.row + i * e.size, slice(i * side, (i + 1) * side)
+                if pairs:
+                    acc[own] = [e.dot(a, place, *xy) for xy in zip(x, acc[own])]
+                else:
+                    factor = e.bcast(a, place)
+                    acc[own] = [e.fma(factor, *xy) for xy in zip(x, acc[own])]
         return acc
 
     width = n * (e.row // 2 if pairs else e.row)
@@ -154,7 +161,7 @@ def gram(pairs):
     def gram(e, a, b, first, n, out):
         """Rows j from `first`, out[j][:] = sum over n channels of a[channel][j] * b[channel][:]."""
         acc = [e.splat(0.0)] * e.mr
-        acc = fma_panel(e, acc, a + first * e.size, b, n, pairs=pairs)
+        acc = fma_panel(e, acc, a + first * e.size, [b], n, pairs=pairs)
         for i in range(e.mr):
             e.store(acc[i], out + first * e.row, i * e.row)
 

@@ -69,9 +69,18 @@ def native_lanes(itemsize):
     return BITS // (8 * itemsize)
 
 
-def tile_rows(itemsize):
+def side_by_side():
+    """Strips of a state that a register tile has side by side.
+
+    With one there is a load for each multiply-add, more than Intel's cores with AVX-512 keep up
+    with.
+    """
+    return 2 if BITS == 512 and not FORESEES_ROWS else 1
+
+
+def tile_rows(itemsize, side=1):
     """Rows of a register tile (``MR``): its accumulators take half of the registers."""
-    return max(1, REGISTERS // 2 * native_lanes(itemsize) // W)
+    return max(1, REGISTERS // 2 * native_lanes(itemsize) // (W * side))
 
 
 def second_cache():
