@@ -25,9 +25,9 @@ from nbdelta.cpu._jit import kernel
 
 # words that the caller and the helpers share, on cache lines of their own
 OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
-# rounds of `pause`, about 20 ns each, that a helper waits for work; seconds between the calls of a
+# rounds of `pause`, 20 to 40 ns each, that a helper waits for work; seconds between the calls of a
 # loop
-FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 5000, 100e-6
+FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 8000, 200e-6
 
 # work of a thread between two looks at what Python has to say: 0.1 to 0.2 s; and seconds after
 # which half of it is enough
