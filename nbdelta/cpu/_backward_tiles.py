@@ -8,7 +8,7 @@ transposed.
 from functools import cache
 
 from nbdelta.cpu._simd import tile
-from nbdelta.cpu._tiles import DECAY, SUFFIX, fma_panel, store_columns
+from nbdelta.cpu._tiles import DECAY, SUFFIX, fma_panel, store_square
 from nbdelta.cpu._vector_unit import W
 
 
@@ -74,17 +74,16 @@ def spread(e, x, factor, scaled, columns):
         rows = [e.load(x, t * e.row + at, e.lanes) for t in tokens]
         for t, value in zip(tokens, rows):
             e.store(value * e.bcast(factor, t * e.size, e.lanes), scaled, t * e.row + at)
-        store_columns(e, rows, columns, token, channel)
+        store_square(e, e.transpose(rows), columns, token, channel)
 
 
 @tile
 def transpose_into(e, x, out):
     """A tile of 16 x 16 transposed."""
     for token, channel in _squares(e):
-        rows = [
-            e.load(x, t * e.row + channel * e.size, e.lanes) for t in range(token, token + e.lanes)
-        ]
-        store_columns(e, rows, out, token, channel)
+        rows = [x + t * e.row for t in range(token, token + e.lanes)]
+        square = e.load_transposed(rows, channel * e.size)
+        store_square(e, square, out, token, channel)
 
 
 @tile

@@ -3,14 +3,14 @@
 from functools import cache
 
 from nbdelta.cpu._simd import tile
-from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, store_columns
+from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, store_square
 from nbdelta.cpu._vector_unit import W
 
 
 def _store_block(e, squares, block, out, step, token, channel):
     """Store a block of token rows as columns, or for squares as rounded rows `step` bytes apart."""
     if not squares:
-        store_columns(e, block, out, token, channel)
+        store_square(e, e.transpose(block), out, token, channel)
         return
     for i, x in enumerate(block):
         e.store_halves(e.halves(x), out + step * (token + i), channel * 2)

@@ -54,7 +54,7 @@ def _add_square(reverse):
             total = e.load(totals, row * e.size, e.lanes)
             starts = range(0, W, e.lanes)
             for start in reversed(starts) if reverse else starts:
-                steps = e.transpose([e.load(a, start * e.size, e.lanes) for a in at])
+                steps = e.load_transposed(at, start * e.size)
                 sums = [None] * e.lanes
                 for i in reversed(range(e.lanes)) if reverse else range(e.lanes):
                     total = total + steps[i]

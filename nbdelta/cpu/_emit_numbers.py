@@ -141,10 +141,13 @@ class Numbers:
     def sigmoid(self, x):
         return 1.0 / (self.exp(x * -1.0) + 1.0)
 
-    def transpose(self, rows):
-        """Transpose a square of register vectors by log2(n) rounds of two-input shuffles."""
+    def transpose(self, rows, last=None):
+        """Transpose a square of register vectors by log2(n) rounds of two-input shuffles.
+
+        Only squares of `last` numbers are, if it is given.
+        """
         rows, n, step = list(rows), len(rows), 1
-        while step < n:
+        while step < (last or n):
             low, high = _pairing(n, step)
             for i in range(n):
                 if not i & step:
@@ -152,6 +155,21 @@ class Numbers:
                     rows[i], rows[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
             step *= 2
         return rows
+
+    def load_transposed(self, rows, offset=0):
+        """Load a square and transpose it: lane r of result i is number i of the row at ``rows[r]``.
+
+        Rows are read four numbers at a time to where the last rounds would bring them.
+        """
+        n = len(rows)
+        if n <= 4:
+            return self.transpose([self.load(row, offset, n) for row in rows])
+        squares = []
+        for first in range(0, n, 4):
+            for i in range(4):
+                parts = [self.load(row, offset + first * self.size, 4) for row in rows[i::4]]
+                squares.append(self.join(parts))
+        return self.transpose(squares, last=4)
 
     def sum_lanes(self, rows):
         """Lane i of the result is the sum over the lanes of ``rows[i]``, in a fixed order."""

@@ -127,8 +127,7 @@ def transpose_tile(e, x, step):
     """Transpose 16 rows of 16 numbers, `step` bytes apart, where they lie."""
 
     def block(i, j):
-        rows = [e.load(x + step * (i + r), j * e.size, e.lanes) for r in range(e.lanes)]
-        return e.transpose(rows)
+        return e.load_transposed([x + step * (i + r) for r in range(e.lanes)], j * e.size)
 
     def store(rows, i, j):
         for r, value in enumerate(rows):

@@ -63,9 +63,9 @@ def fma_panel(e, acc, panel, strips, n, maybe_empty=False, ahead=(), pairs=False
 # ---- rows of tokens to panels ----
 
 
-def store_columns(e, block, columns, token, channel):
-    """Store a square of token rows transposed into a panel."""
-    for c, x in enumerate(e.transpose(block)):
+def store_square(e, rows, columns, token, channel):
+    """Store a square of channel rows into a panel."""
+    for c, x in enumerate(rows):
         e.store(x, columns, (channel + c) * e.row + token * e.size)
 
 
@@ -122,12 +122,10 @@ def pack_columns(e, x, x_step, norm, columns):
     """16 tokens by 16 channels, times `norm` per token, as columns."""
     for channel in range(0, W, e.lanes):
         for token in range(0, W, e.lanes):
-            block = [
-                e.load(x + x_step * t, channel * e.size, e.lanes)
-                * e.bcast(norm, t * e.size, e.lanes)
-                for t in range(token, token + e.lanes)
-            ]
-            store_columns(e, block, columns, token, channel)
+            rows = [x + x_step * t for t in range(token, token + e.lanes)]
+            factors = e.load(norm, token * e.size, e.lanes)
+            square = [y * factors for y in e.load_transposed(rows, channel * e.size)]
+            store_square(e, square, columns, token, channel)
 
 
 @tile
