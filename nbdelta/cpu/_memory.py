@@ -33,17 +33,23 @@ def put(e, code, address, value):
 
 @tile
 def _get_rows(e, code, source, source_step, target, target_step, n, width):
-    """Bring n >= 1 rows of `width` numbers, a multiple of 16 that lie one behind the other."""
+    """Bring n >= 1 rows of `width` >= 16 numbers, one behind the other, padded with zeros."""
 
     def convert(i):
         def row(_, rows):
             source, target = rows
 
-            def body(x, carried):
+            def get(x, carried):
                 e.store(e.load_as(DTYPES[i], source + x * SIZES[i], W), target + x * e.size)
                 return carried
 
-            e.loop(width, [], body, W)
+            def get_last(_, carried):
+                # 16 of which some are there already
+                e.store(e.splat(0.0), target + width // W * e.row)
+                return get(width - W, carried)
+
+            e.loop(width // W * W, [], get, W)
+            e.loop(width % W, [], get_last, W, maybe_empty=True)
             return [source + source_step, target + target_step]
 
         e.loop(n, [source, target], row)
@@ -53,18 +59,19 @@ def _get_rows(e, code, source, source_step, target, target_step, n, width):
 
 @tile
 def _put_rows(e, code, source, source_step, target, target_step, n, width):
-    """Round n >= 1 rows of `width` numbers, a multiple of 16, and write them."""
+    """Round n >= 1 rows of `width` >= 16 numbers, and write them."""
 
     def convert(i):
         def row(_, rows):
             source, target = rows
 
-            def body(x, carried):
+            def put(x, carried):
                 row = e.load(source + x * e.size)
                 e.store_as(DTYPES[i], row, target + x * SIZES[i], W)
                 return carried
 
-            e.loop(width, [], body, W)
+            e.loop(width // W * W, [], put, W)
+            e.loop(width % W, [], lambda _, carried: put(width - W, carried), W, maybe_empty=True)
             return [source + source_step, target + target_step]
 
         e.loop(n, [source, target], row)
@@ -151,12 +158,11 @@ def _gather_16(e, source, step, target):
 @njit()
 def load_row(REAL, code, source, step, n, target):
     """Bring n numbers of a dtype, `step` bytes apart, into a row padded with zeros."""
-    SIZE = itemsize(REAL)
-    done = 0
     if step == element_size(REAL, code) and n >= W:
-        done = n // W * W
-        _get_rows(REAL, code, source, 0, target, 0, 1, done)
-    elif code == own_code(REAL):
+        _get_rows(REAL, code, source, 0, target, 0, 1, n)
+        return
+    SIZE, done = itemsize(REAL), 0
+    if code == own_code(REAL):
         while done + W <= n:
             _gather_16(REAL, source + done * step, step, target + done * SIZE)
             done += W
@@ -169,19 +175,17 @@ def load_row(REAL, code, source, step, n, target):
 @njit()
 def store_row(REAL, code, source, n, target, step):
     """Write a row's n numbers as dtype `code`, `step` bytes apart."""
-    SIZE = itemsize(REAL)
-    done = 0
     if step == element_size(REAL, code) and n >= W:
-        done = n // W * W
-        _put_rows(REAL, code, source, 0, target, 0, 1, done)
-    for i in range(done, n):
-        put(REAL, code, target + i * step, load(REAL, source + i * SIZE))
+        _put_rows(REAL, code, source, 0, target, 0, 1, n)
+        return
+    for i in range(n):
+        put(REAL, code, target + i * step, load(REAL, source + i * itemsize(REAL)))
 
 
 @njit()
 def store_tokens(REAL, code, source, source_step, n, width, target, token_step, step):
     """Write n >= 1 token rows of `width` numbers as dtype `code`."""
-    if width % W == 0 and step == element_size(REAL, code):
+    if width >= W and step == element_size(REAL, code):
         _put_rows(REAL, code, source, source_step, target, token_step, n, width)
     else:
         for t in range(n):
@@ -204,7 +208,7 @@ def load_tokens(REAL, code, source, token_step, step, n, width, target):
     """Bring n <= 16 token rows of `width` numbers as 16 padded rows, zeros after the last token."""
     SIZE = itemsize(REAL)
     row = (width + W - 1) // W * W * SIZE
-    if width % W == 0 and step == element_size(REAL, code):
+    if width >= W and step == element_size(REAL, code):
         _get_rows(REAL, code, source, token_step, target, row, n, width)
     elif n == W and width % W == 0 and token_step == element_size(REAL, code):
         # tokens lie side by side, as after the short convolution of a model: 16 x 16 at a time
