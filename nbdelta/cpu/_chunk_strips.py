@@ -66,15 +66,16 @@ def _products(PER_CHANNEL, unit, side):
     PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
 
     @njit()
-    def products(REAL, desc, m, n, ahead, strip, i, v_step, o_rows, o_step, kept):
-        """The three products of a block and `side` strips, at bytes i of rows of v and o.
-
-        The strips stay in the first cache for all three.
-        """
+    def products(REAL, desc, m, b, n, following, first, last, strips, v_step, o_rows, o_step, kept):
+        """`side` strips after the other, which stay in the first cache for the three products."""
         size, KP = itemsize(REAL), padded(REAL, desc[K])
         row, MR, few = W * size, tile(REAL), few_tile(REAL)
         # the last tokens of a sequence go a few at a time, but for words, which come in pairs
         whole, tokens = n // MR * MR, (n + few - 1) // few * few
+        q, k, v, g, o = (
+            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
+            array_at(desc, O),
+        )  # fmt: skip
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix = m.gates + SUFFIX * row
         keys, queries, updates, update_step = m.keys, m.queries, m.keys, row
@@ -85,44 +86,47 @@ def _products(PER_CHANNEL, unit, side):
         if DOTS_IN_UPDATE:
             updates, update_step = m.update_words, row // 2
         step = strip_rows_of(KP, unit) * row
-        u = strip + KP * row
-        states, words = strip, u + 2 * W * row
-        new_u = u if PER_CHANNEL else u + W * row
-        if PAIRS:
-            states = words
-        v_next, o_next, k_next, q_next, g_next = ahead
-        for j in range(0, whole, MR):
-            first_product(
-                REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
-                suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
-            )  # fmt: skip
-        for j in range(whole, tokens, few):
-            few_of_first(
-                REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
-                suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
-            )  # fmt: skip
-        if kept:
-            for s in range(side):
-                keep_rows(REAL, u + s * step, n, kept + n * (i + s * row))
-        for j in range(0, whole, MR):
-            second_product(
-                REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
-                o_next[0], o_next[1], q_next[0], q_next[1],
-            )  # fmt: skip
-        for j in range(whole, tokens, few):
-            few_of_second(
-                REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
-                o_next[0], o_next[1], q_next[0], q_next[1],
-            )  # fmt: skip
-        if DOTS_IN_UPDATE:
-            for s in range(side):
-                pair_rows(REAL, new_u + s * step, W, words + KP // 2 * row + s * step)
-            new_u = words + KP // 2 * row
-        for c in range(0, KP, W):
-            third_product(
-                REAL, updates + c * update_step, tokens, strip + c * row, new_u, step,
-                m.decay + c * size, words + c // 2 * row,
-            )  # fmt: skip
+        for s in range(first, last, side):
+            strip, i = strips + (s - first) * step, s * row
+            u = strip + KP * row
+            states, words = strip, u + 2 * W * row
+            new_u = u if PER_CHANNEL else u + W * row
+            if PAIRS:
+                states = words
+            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, s)
+            for j in range(0, whole, MR):
+                first_product(
+                    REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
+                    suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
+                )  # fmt: skip
+            for j in range(whole, tokens, few):
+                few_of_first(
+                    REAL, keys, m.a, states, u, step, KP, j, key_gate, m.v + i, v_step, m.beta,
+                    suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
+                )  # fmt: skip
+            if kept:
+                for j in range(side):
+                    keep_rows(REAL, u + j * step, n, kept + n * (i + j * row))
+            for j in range(0, whole, MR):
+                second_product(
+                    REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
+                    o_next[0], o_next[1], q_next[0], q_next[1],
+                )  # fmt: skip
+            for j in range(whole, tokens, few):
+                few_of_second(
+                    REAL, queries, m.p, states, u, step, KP, j, query_gate, o_rows + i, o_step,
+                    o_next[0], o_next[1], q_next[0], q_next[1],
+                )  # fmt: skip
+            if DOTS_IN_UPDATE:
+                u_words = words + KP // 2 * row
+                for j in range(side):
+                    pair_rows(REAL, new_u + j * step, W, u_words + j * step)
+                new_u = u_words
+            for c in range(0, KP, W):
+                third_product(
+                    REAL, updates + c * update_step, tokens, strip + c * row, new_u, step,
+                    m.decay + c * size, words + c // 2 * row,
+                )  # fmt: skip
 
     return products
 
@@ -133,24 +137,21 @@ def _by_panels(PER_CHANNEL, unit):
 
     @njit()
     def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
-        """`SIDE` strips after the other, which stay in the first cache for their products."""
-        KP, width = padded(REAL, desc[K]), desc[V]
-        row = W * itemsize(REAL)
-        strip = strip_rows_of(KP, unit) * row
-        q, k, v, g, o = (
-            array_at(desc, Q), array_at(desc, KEY), array_at(desc, VALUE), array_at(desc, G),
-            array_at(desc, O),
-        )  # fmt: skip
+        width, v, o = desc[V], array_at(desc, VALUE), array_at(desc, O)
         load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
         v_step = padded(REAL, width) * itemsize(REAL)
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
-        kept = kept_rows(REAL, desc, b, t, hv)
-        for s in range(first, last, SIDE):
-            ahead, own = _ahead(v, o, k, q, g, b, following, s), strips + (s - first) * strip
-            if s + SIDE <= last:
-                products(REAL, desc, m, n, ahead, own, s * row, v_step, o_rows, o_step, kept)
-            else:
-                products_of_one(REAL, desc, m, n, ahead, own, s * row, v_step, o_rows, o_step, kept)
+        kept, rest = kept_rows(REAL, desc, b, t, hv), last - (last - first) % SIDE
+        products(
+            REAL, desc, m, b, n, following, first, rest, strips, v_step, o_rows, o_step, kept
+        )  # fmt: skip
+        if rest < last:
+            strips += (
+                (rest - first) * strip_rows_of(padded(REAL, desc[K]), unit) * W * itemsize(REAL)
+            )
+            products_of_one(
+                REAL, desc, m, b, n, following, rest, last, strips, v_step, o_rows, o_step, kept
+            )  # fmt: skip
         if o_rows == m.o:
             left, right = first * W, min(width, last * W)
             _store_output(REAL, o, o_rows, o_step, b, t, n, hv, left, right)
