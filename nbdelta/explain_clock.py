@@ -24,7 +24,8 @@ STAGES = {
     "states in and out": ("load_states", "_store_states", "_load_state", "_store_state"),
     "rows, norms, packing": (
         *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows", "normalise"),
-        *("_output_rows", "_store_output", "_load_vector", "dot_row", "load_row", "store_row"),
+        *("stage", "_output_rows", "_store_output", "_load_vector", "dot_row", "load_row"),
+        "store_row",
     ),
     "gates and their products": (
         *("load_beta", "_load_token_gates", "gate_products", "multiply_row", "fill_row"),

@@ -32,6 +32,8 @@ from nbdelta.cpu._matrix_unit import (
     FLOATS,
     SQUARES,
     multiply_two,
+    norms_of_halves,
+    word_columns,
 )
 from nbdelta.cpu._memory import (
     fill_row,
@@ -123,6 +125,30 @@ def stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm):
     inverse_norms(REAL, rows, step, KP, REAL(abs(eps)), norm, staged, KP * itemsize(REAL))
     if eps < 0:
         fill_row(REAL, REAL(1), norm)
+
+
+@njit()
+def _stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm, words):
+    stage_rows(REAL, desc, x, b, t, n, h, KP, staged, norm)
+
+
+@njit()
+def _stage_words(REAL, desc, x, b, t, n, h, KP, staged, norm, words):
+    """Bring 16 rows of bfloat16 one behind the other, and the factors that normalise them, or 1."""
+    rows, step, eps = at(x, b, t, h), x[3], real(desc, EPS)
+    if n < W or x[5] != 2 or desc[K] % W:
+        load_tokens(REAL, x[1], rows, x[3], x[5], n, desc[K], staged)
+        round_rows(REAL, staged, KP, words)
+        rows, step = words, 2 * KP
+    norms_of_halves(REAL, rows, step, KP, REAL(abs(eps)), norm, words)
+    if eps < 0:
+        fill_row(REAL, REAL(1), norm)
+
+
+@cache
+def stage(PER_CHANNEL, unit):
+    """Make what brings rows of k or q, and their norms; as words where nothing else is needed."""
+    return _stage_words if unit == SQUARES and not PER_CHANNEL else _stage_rows
 
 
 @njit()
@@ -245,13 +271,7 @@ def _normalised_rows(REAL, desc, m):
 @njit()
 def _key_head_of_squares(REAL, desc, m):
     KP = padded(REAL, desc[K])
-    round_rows(REAL, m.k, KP, m.key_words)
-    round_rows(REAL, m.q, KP, m.query_words)
-    fill_row(REAL, REAL(1), m.ones)
-    for c in range(0, KP, W):
-        i, tile = c * itemsize(REAL), c * W * itemsize(REAL)
-        pack_columns(REAL, m.k + i, KP * itemsize(REAL), m.ones, m.keys + tile)
-    pair_rows(REAL, m.keys, KP, m.column_words)
+    word_columns(REAL, m.key_words, 2 * KP, KP // 2, m.column_words)
     multiply_two(REAL, m.key_words, m.query_words, 2 * KP, m.column_words, KP, m.kk, m.qk)
     transpose_tile(REAL, m.qk, W * itemsize(REAL))
     apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)

@@ -66,10 +66,11 @@ def layout(start, size, KP, VP, rows, unit):
     tokens, values, channels, square = KP * row, VP * row, KP * size, W * row
     half = tokens // 2 if unit != FLOATS else 0
     squared = 1 if unit == SQUARES else 0
+    columns = half + square // 2  # whole squares of them
     keys = start + rows * row
     key_words = keys + 2 * tokens
     column_words = key_words + 3 * half
-    products = column_words + squared * tokens
+    products = column_words + squared * (columns + half)
     changes = products + squared * 2 * values
     updates = changes + squared * tokens
     decays = updates + tokens
@@ -83,7 +84,7 @@ def layout(start, size, KP, VP, rows, unit):
     beta = gates + 6 * row
     return Scratch(
         keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, column_words,
-        column_words + half, products, changes, updates, decays, sums,
+        column_words + columns, products, changes, updates, decays, sums,
         a, a + square + row, kk, kk + square, k, k + tokens, k + 2 * tokens, v, v + values,
         decay, decay + channels, gates, gates + 5 * row, beta, beta + row, beta + 2 * row,
         beta + 3 * row, beta + 4 * row,

@@ -137,20 +137,18 @@ def _by_panels(PER_CHANNEL, unit):
 
     @njit()
     def value_strips(REAL, desc, m, b, t, n, hv, following, first, last, strips, waits):
+        """`SIDE` strips at a time, and those that are left one by one."""
         width, v, o = desc[V], array_at(desc, VALUE), array_at(desc, O)
         load_tokens(REAL, v[1], at(v, b, t, hv), v[3], v[5], n, width, m.v)
         v_step = padded(REAL, width) * itemsize(REAL)
         o_rows, o_step = _output_rows(REAL, o, b, t, n, hv, width, m.o)
         kept, rest = kept_rows(REAL, desc, b, t, hv), last - (last - first) % SIDE
-        products(
-            REAL, desc, m, b, n, following, first, rest, strips, v_step, o_rows, o_step, kept
-        )  # fmt: skip
+        products(REAL, desc, m, b, n, following, first, rest, strips, v_step, o_rows, o_step, kept)
         if rest < last:
-            strips += (
-                (rest - first) * strip_rows_of(padded(REAL, desc[K]), unit) * W * itemsize(REAL)
-            )
+            strip = strip_rows_of(padded(REAL, desc[K]), unit) * W * itemsize(REAL)
+            own = strips + (rest - first) * strip
             products_of_one(
-                REAL, desc, m, b, n, following, rest, last, strips, v_step, o_rows, o_step, kept
+                REAL, desc, m, b, n, following, rest, last, own, v_step, o_rows, o_step, kept
             )  # fmt: skip
         if o_rows == m.o:
             left, right = first * W, min(width, last * W)
@@ -195,7 +193,7 @@ def _keep_update(PER_CHANNEL):
                 rows = keys + c * W * itemsize(REAL)
                 suffix_tile(REAL, m.k + i, m.decays + i, KP * itemsize(REAL), rows)
         else:
-            double_rows(REAL, m.keys, KP, keys)
+            double_rows(REAL, m.column_words, KP // 2, keys)
         copy_rows(REAL, m.decay, W * itemsize(REAL), decay, W * itemsize(REAL), KP // W)
 
     return keep_update

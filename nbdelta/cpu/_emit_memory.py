@@ -182,6 +182,10 @@ class Memory:
             return self.b.call(ir.InlineAsm(kind, "vcvtneps2bf16 $1, $0", "=v,v"), [x.ir])
         return self._bfloat16_bits(x.ir, lanes)
 
+    def load_halves(self, address, offset=0):
+        """16 numbers of bfloat16 as they are."""
+        return self._load(address, offset, ir.VectorType(I16, W))
+
     def store_halves(self, halves, address, offset=0):
         self.b.store(halves, self._pointer(address, offset, halves.type)).align = 1
 

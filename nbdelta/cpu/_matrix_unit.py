@@ -12,6 +12,7 @@ import sys
 from functools import cache
 
 from nbdelta.cpu._simd import tile
+from nbdelta.cpu._tiles import TOGETHER, store_square
 from nbdelta.cpu._vector_unit import DOTS_BFLOAT16, W, features
 
 # how q, k and v of bfloat16 are multiplied: as float32, by the dot products of pairs of
@@ -138,13 +139,51 @@ def _multiply_pairs(e, left, step, right, n, out):
 
 
 @tile
-def double_rows(e, rows, n, out):
-    """N rows of 16 numbers as rows of 32 in bfloat16: each twice."""
+def norms_of_halves(e, x, x_step, n, eps, norm, copies):
+    """norm[i] = 1 / sqrt(sum over n channels of x_i^2 + eps) for 16 rows of bfloat16, which are
+    copied one behind the other.
+    """
+    sums, size = [], 2
+    for token in range(0, W, TOGETHER):
+        rows = range(token, token + TOGETHER)
+
+        def body(offset, totals, rows=rows):
+            new = []
+            for i, total in zip(rows, totals):
+                halves = e.load_halves(x + x_step * i + offset)
+                e.store_halves(halves, copies + n * (size * i) + offset)
+                x_i = e.from_halves(halves)
+                new.append(e.fma(x_i, x_i, total))
+            return new
+
+        sums += e.loop(n * size, [e.splat(0.0)] * TOGETHER, body, W * size)
+    e.store(1.0 / e.sqrt(e.sum_lanes(sums) + e.splat(eps)), norm)
+
+
+@tile
+def word_columns(e, rows, step, n, out):
+    """16 rows of n words as columns; the last 16 of them may be half empty."""
 
     def body(offset, carried):
-        halves = e.halves(e.load(rows + offset))
-        for at in (0, e.row // 2):
-            e.store_halves(halves, out + offset, at)
+        for channel in range(0, W, e.lanes):
+            for token in range(0, W, e.lanes):
+                tokens = [rows + step * t + offset for t in range(token, token + e.lanes)]
+                square = e.load_transposed(tokens, channel * e.size)
+                store_square(e, square, out + offset * W, token, channel)
+        return carried
+
+    e.loop(n * e.size, [], body, e.row)
+
+
+@tile
+def double_rows(e, words, n, out):
+    """Rows of 16 words as rows of 32 numbers in bfloat16, two of them, each number twice."""
+
+    def body(offset, carried):
+        for i, x in enumerate(e.halves_of(e.load_words(words + offset))):
+            halves = e.halves(x)
+            for at in (0, e.row // 2):
+                e.store_halves(halves, out + offset * 2, i * e.row + at)
         return carried
 
     e.loop(n * e.row, [], body, e.row)

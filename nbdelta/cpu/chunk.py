@@ -50,7 +50,7 @@ from nbdelta.cpu._call import (
     sequence,
     value_head,
 )
-from nbdelta.cpu._chunk_panels import load_beta, stage_rows
+from nbdelta.cpu._chunk_panels import load_beta
 from nbdelta.cpu._chunk_scratch import (
     layout,
     layout_of,
@@ -140,7 +140,8 @@ def _store_states(REAL, desc, ht, slot, hk, heads, first, last, states, head, st
 
 @cache
 def _key_head_block(PER_CHANNEL, unit):
-    key_head, head_gates = panels.key_head(PER_CHANNEL, unit), panels.head_gates(unit)
+    stage, key_head = panels.stage(PER_CHANNEL, unit), panels.key_head(PER_CHANNEL, unit)
+    head_gates = panels.head_gates(unit)
     channel_gates, value_strips = panels.channel_gates(unit), strips.value_strips(PER_CHANNEL, unit)
 
     @njit()
@@ -149,8 +150,8 @@ def _key_head_block(PER_CHANNEL, unit):
     ):  # fmt: skip
         """A block of n tokens of a key head, whose states are `head` bytes apart."""
         q, k, KP = array_at(desc, Q), array_at(desc, KEY), padded(REAL, desc[K])
-        stage_rows(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm)
-        stage_rows(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm)
+        stage(REAL, desc, k, b, t, n, hk, KP, m.k, m.k_norm, m.key_words)
+        stage(REAL, desc, q, b, t, n, hk, KP, m.q, m.q_norm, m.query_words)
         key_head(REAL, desc, m)
         for j in range(desc[HV] // desc[H]):
             hv, following = value_head(desc, hk, j), (t_next, hk_next, value_head(desc, hk_next, j))
