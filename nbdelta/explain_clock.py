@@ -25,7 +25,7 @@ STAGES = {
     "rows, norms, packing": (
         *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows", "normalise"),
         *("stage", "_output_rows", "_store_output", "_load_vector", "dot_row", "load_row"),
-        "store_row",
+        *("store_row", "word_columns", "_once"),
     ),
     "gates and their products": (
         *("load_beta", "_load_token_gates", "gate_products", "multiply_row", "fill_row"),
@@ -33,7 +33,7 @@ STAGES = {
         *("suffix_tile", "_channel_gates", "_head_gate", "_load_beta"),
     ),
     "Gram matrices k.k and q.k": (
-        *("product", "transpose_tile", "apply_norms", "decay_pairs", "_pairs"),
+        *("_gram", "_gram_of_pairs", "transpose_tile", "apply_norms", "decay_pairs", "_pairs"),
     ),
     # a matrix unit multiplies K and Q with S at once
     "U = (I + A)^-1 (beta V - beta e^G K S)": ("first_product", "multiply_two"),

@@ -31,6 +31,7 @@ from nbdelta.cpu._matrix_unit import (
     DOTS,
     FLOATS,
     SQUARES,
+    half_rows,
     multiply_two,
     norms_of_halves,
     word_columns,
@@ -68,6 +69,8 @@ from nbdelta.cpu.gate import (
     gate_factor,
     load_bias,
 )
+
+_once, _gram, _gram_of_pairs = half_rows(1), gram(False), gram(True)
 
 
 @njit()
@@ -145,10 +148,17 @@ def _stage_words(REAL, desc, x, b, t, n, h, KP, staged, norm, words):
         fill_row(REAL, REAL(1), norm)
 
 
+@njit()
+def _stage_words_in_place(REAL, desc, x, b, t, n, h, KP, staged, norm, words):
+    _stage_words(REAL, desc, x, b, t, n, h, KP, staged, norm, staged)
+
+
 @cache
 def stage(PER_CHANNEL, unit):
     """Make what brings rows of k or q, and their norms; as words where nothing else is needed."""
-    return _stage_words if unit == SQUARES and not PER_CHANNEL else _stage_rows
+    if unit == FLOATS or PER_CHANNEL:
+        return _stage_rows
+    return _stage_words if unit == SQUARES else _stage_words_in_place
 
 
 @njit()
@@ -255,9 +265,7 @@ def channel_gates(unit):
 @cache
 def key_head(PER_CHANNEL, unit):
     """Make what the value heads of a key head share."""
-    if PER_CHANNEL:
-        return _normalised_rows
-    return _key_head_of_squares if unit == SQUARES else _key_head_of_panels(unit == DOTS)
+    return _normalised_rows if PER_CHANNEL else _KEY_HEADS[unit]
 
 
 @njit()
@@ -277,31 +285,31 @@ def _key_head_of_squares(REAL, desc, m):
     apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
 
 
-@cache
-def _key_head_of_panels(PAIRS):
-    product = gram(PAIRS)
+@njit()
+def _key_head_of_pairs(REAL, desc, m):
+    KP = padded(REAL, desc[K])
+    # in this order, as each may write half a square too much
+    word_columns(REAL, m.k, 2 * KP, KP // 2, m.key_words)
+    word_columns(REAL, m.q, 2 * KP, KP // 2, m.query_words)
+    _once(REAL, m.key_words, KP // 2, m.update_words)
+    for first in range(0, W, rows_of_tile(REAL)):
+        _gram_of_pairs(REAL, m.key_words, m.key_words, first, KP, m.kk)
+        _gram_of_pairs(REAL, m.key_words, m.query_words, first, KP, m.qk)
+    apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
 
-    @njit()
-    def key_head(REAL, desc, m):
-        size, KP = itemsize(REAL), padded(REAL, desc[K])
-        k_norm, q_norm, keys, queries = m.k_norm, m.q_norm, m.keys, m.queries
-        if PAIRS:
-            # k and q are bfloat16 already: left as they are they lose nothing as words
-            k_norm = q_norm = m.ones
-            keys, queries = m.key_words, m.query_words
-            fill_row(REAL, REAL(1), m.ones)
-        for c in range(0, KP, W):
-            i, tile = c * size, c * W * size
-            pack_columns(REAL, m.k + i, KP * size, k_norm, m.keys + tile)
-            pack_columns(REAL, m.q + i, KP * size, q_norm, m.queries + tile)
-        if PAIRS:
-            pair_rows(REAL, m.keys, KP, keys)
-            pair_rows(REAL, m.queries, KP, queries)
-            round_rows(REAL, m.keys, KP, m.update_words)
-        for first in range(0, W, rows_of_tile(REAL)):
-            product(REAL, keys, keys, first, KP, m.kk)
-            product(REAL, keys, queries, first, KP, m.qk)
-        if PAIRS:
-            apply_norms(REAL, m.k_norm, m.q_norm, m.kk, m.qk)
 
-    return key_head
+@njit()
+def _key_head_of_panels(REAL, desc, m):
+    size, KP = itemsize(REAL), padded(REAL, desc[K])
+    for c in range(0, KP, W):
+        i, tile = c * size, c * W * size
+        pack_columns(REAL, m.k + i, KP * size, m.k_norm, m.keys + tile)
+        pack_columns(REAL, m.q + i, KP * size, m.q_norm, m.queries + tile)
+    for first in range(0, W, rows_of_tile(REAL)):
+        _gram(REAL, m.keys, m.keys, first, KP, m.kk)
+        _gram(REAL, m.keys, m.queries, first, KP, m.qk)
+
+
+_KEY_HEADS = {
+    FLOATS: _key_head_of_panels, DOTS: _key_head_of_pairs, SQUARES: _key_head_of_squares,
+}  # fmt: skip

@@ -12,7 +12,7 @@ from nbdelta.cpu._matrix_unit import (
     FLOATS,
     SQUARES,
     add_products,
-    double_rows,
+    half_rows,
     multiply_rows,
     multiply_two,
     split_words,
@@ -182,7 +182,7 @@ def finish_updates(REAL, m, KP, n, strips):
 
 @cache
 def _keep_update(PER_CHANNEL):
-    suffix_tile = suffix_rows(True)
+    suffix_tile, twice = suffix_rows(True), half_rows(2)
 
     @njit()
     def keep_update(REAL, m, KP, keys, decay):
@@ -193,7 +193,7 @@ def _keep_update(PER_CHANNEL):
                 rows = keys + c * W * itemsize(REAL)
                 suffix_tile(REAL, m.k + i, m.decays + i, KP * itemsize(REAL), rows)
         else:
-            double_rows(REAL, m.column_words, KP // 2, keys)
+            twice(REAL, m.column_words, KP // 2, keys)
         copy_rows(REAL, m.decay, W * itemsize(REAL), decay, W * itemsize(REAL), KP // W)
 
     return keep_update

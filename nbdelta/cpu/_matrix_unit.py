@@ -175,18 +175,24 @@ def word_columns(e, rows, step, n, out):
     e.loop(n * e.size, [], body, e.row)
 
 
-@tile
-def double_rows(e, words, n, out):
-    """Rows of 16 words as rows of 32 numbers in bfloat16, two of them, each number twice."""
+@cache
+def half_rows(times):
+    """Make the tile that writes the halves of rows of words as two rows, each so many times."""
 
-    def body(offset, carried):
-        for i, x in enumerate(e.halves_of(e.load_words(words + offset))):
-            halves = e.halves(x)
-            for at in (0, e.row // 2):
-                e.store_halves(halves, out + offset * 2, i * e.row + at)
-        return carried
+    @tile
+    def half_rows(e, words, n, out):
+        step, width = times * e.row // 2, e.row // 2
 
-    e.loop(n * e.row, [], body, e.row)
+        def body(offset, carried):
+            for i, x in enumerate(e.halves_of(e.load_words(words + offset))):
+                halves = e.halves(x)
+                for j in range(times):
+                    e.store_halves(halves, out + offset * times, i * step + j * width)
+            return carried
+
+        e.loop(n * e.row, [], body, e.row)
+
+    return half_rows
 
 
 @cache
