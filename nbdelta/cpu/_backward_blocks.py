@@ -17,8 +17,6 @@ from nbdelta.cpu._backward_gates import (
 )
 from nbdelta.cpu._backward_state_tiles import (
     ERROR_ROWS,
-    LINE,
-    fetch_rows,
     stream_rows,
 )
 from nbdelta.cpu._backward_tiles import (
@@ -37,6 +35,7 @@ from nbdelta.cpu._chunk_panels import stage_rows, token_rows
 from nbdelta.cpu._jit import njit
 from nbdelta.cpu._memory import (
     copy_rows,
+    fetch_rows,
     fill_row,
     is_plain,
     store_row,
@@ -45,7 +44,7 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import itemsize, padded, rows_of_tile
 from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, gram
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._vector_unit import LINE, W
 
 _gram = gram(False)
 

@@ -9,16 +9,6 @@ from nbdelta.cpu._vector_unit import W
 
 
 @tile
-def fetch_rows(e, address, step):
-    """Bring 16 lines into the cache, so that misses run beside arithmetic."""
-    for t in range(W):
-        e.prefetch(address + step * t)
-
-
-LINE = 64  # bytes
-
-
-@tile
 def stream_rows(e, x, out, step, n):
     """Write n rows of 16 numbers to whole lines, past the caches: nobody reads them soon."""
 

@@ -17,11 +17,11 @@ from nbdelta.cpu._matrix_unit import (
     multiply_two,
     split_words,
 )
-from nbdelta.cpu._memory import copy_rows, is_plain, load_tokens, store_tokens
+from nbdelta.cpu._memory import copy_rows, fetch_rows, is_plain, load_tokens, store_tokens
 from nbdelta.cpu._simd import itemsize, padded
 from nbdelta.cpu._strip_tiles import output, rows_of_tile, solve, update
 from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, pair_rows
-from nbdelta.cpu._vector_unit import W, side_by_side
+from nbdelta.cpu._vector_unit import LINE, W, side_by_side
 
 SIDE = side_by_side()
 
@@ -199,6 +199,19 @@ def _keep_update(PER_CHANNEL):
     return keep_update
 
 
+@njit()
+def _fetch(REAL, x, b, t, h, s, odd):
+    """Bring the lines of strip s of 16 tokens, or where they hold two strips those of both.
+
+    The latter with the even or the odd one of the two, so that two arrays take turns.
+    """
+    first, step = lines(x, b, t, h, s * W)
+    if step != x[3] or abs(x[5]) * W > LINE // 2:
+        fetch_rows(REAL, first, step)
+    elif s % 2 == odd:
+        fetch_rows(REAL, first - odd * W * x[5], step)
+
+
 @cache
 def _by_squares(PER_CHANNEL):
     first_product, second_product = solve(PER_CHANNEL, SQUARES, 1), output(SQUARES, 1)
@@ -224,8 +237,13 @@ def _by_squares(PER_CHANNEL):
         key_gate, query_gate = m.gates + KEY_GATE * row, m.gates + QUERY_GATE * row
         suffix, strip_size = m.gates + SUFFIX * row, strip_rows_of(KP, SQUARES) * row
         keys, decay = _waiting(KP, strips, strip_size, last - first, size)
+        t_next, hk_next, hv_next = following
         for s in range(last - first):
             strip, reads = strips + s * strip_size, m.products + s * 2 * W * row
+            _fetch(REAL, k, b, t_next, hk_next, first + s, 0)
+            _fetch(REAL, q, b, t_next, hk_next, first + s, 1)
+            if PER_CHANNEL:
+                _fetch(REAL, g, b, t_next, hv_next, first + s, 0)
             if waits:
                 _update(REAL, m, KP, strip, keys, decay)
             else:
@@ -237,16 +255,17 @@ def _by_squares(PER_CHANNEL):
         for s in range(last - first):
             u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
             i, u_words = first + s, u + 2 * W * row
-            v_next, o_next, k_next, q_next, g_next = _ahead(v, o, k, q, g, b, following, i)
+            _fetch(REAL, v, b, t_next, hv_next, i, 0)
+            _fetch(REAL, o, b, t_next, hv_next, i, 1)
             for j in range(0, W, MR):
                 first_product(
                     REAL, reads, m.a, 0, u, 0, KP, j, key_gate, m.v + i * row, v_step, m.beta,
-                    suffix, v_next[0], v_next[1], k_next[0], k_next[1], g_next[0], g_next[1],
+                    suffix, 0, 0, 0, 0, 0, 0,
                 )  # fmt: skip
             for j in range(0, W, MR):
                 second_product(
                     REAL, reads + W * row, m.p, 0, u, 0, KP, j, query_gate, o_rows + i * row,
-                    o_step, o_next[0], o_next[1], q_next[0], q_next[1],
+                    o_step, 0, 0, 0, 0,
                 )  # fmt: skip
             if not PER_CHANNEL:
                 u += W * row

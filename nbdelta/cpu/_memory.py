@@ -130,6 +130,13 @@ def copy_strips(e, source, source_step, source_strip, target, target_step, targe
 
 
 @tile
+def fetch_rows(e, address, step):
+    """Bring 16 lines into the cache, so that misses run beside arithmetic."""
+    for t in range(W):
+        e.prefetch(address + step * t)
+
+
+@tile
 def transpose_tile(e, x, step):
     """Transpose 16 rows of 16 numbers, `step` bytes apart, where they lie."""
 

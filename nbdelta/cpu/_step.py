@@ -14,7 +14,6 @@ from nbdelta.cpu._memory import zero_rows
 from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._step_column_tiles import columns_held, read_columns, write_columns
 from nbdelta.cpu._step_tiles import (
-    LINE,
     ROWS,
     finish_sums,
     read_row,
@@ -24,7 +23,7 @@ from nbdelta.cpu._step_tiles import (
     write_rows,
     write_values,
 )
-from nbdelta.cpu._vector_unit import BITS, W
+from nbdelta.cpu._vector_unit import BITS, LINE, W
 
 HOLDS_SUMS = BITS == 512  # in registers, of which there are enough
 

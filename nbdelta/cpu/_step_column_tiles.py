@@ -5,8 +5,8 @@ memory. It takes the 32 registers of AVX-512.
 """
 
 from nbdelta.cpu._simd import constant_of, size_of, tile
-from nbdelta.cpu._step_tiles import LINE, load_state, scratch_row, store_scratch, store_state
-from nbdelta.cpu._vector_unit import FORESEES_ROWS, native_lanes
+from nbdelta.cpu._step_tiles import load_state, scratch_row, store_scratch, store_state
+from nbdelta.cpu._vector_unit import FORESEES_ROWS, LINE, native_lanes
 
 HELD = 8  # registers of columns: with two sums each they take half of the 32 registers of AVX-512
 

@@ -6,10 +6,9 @@ number of the state meets its two multiply-adds while it is in a register.
 """
 
 from nbdelta.cpu._simd import REAL, size_of, tile
-from nbdelta.cpu._vector_unit import DOTS_BFLOAT16, W
+from nbdelta.cpu._vector_unit import DOTS_BFLOAT16, LINE, W
 
 ROWS = 4  # with their factors, two sums and the state they fit into 16 registers
-LINE = 64
 
 
 @tile

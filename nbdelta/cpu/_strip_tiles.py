@@ -40,9 +40,6 @@ def state_product(e, rows, unit, panel, first, strips, n, ahead):
         acc = [e.splat(0.0)] * (rows * len(strips))
         panel = panel + first * e.size
         return fma_panel(e, acc, panel, strips, n, ahead=ahead, pairs=unit == DOTS)
-    for address, step, write in ahead:
-        for i in range(rows):
-            e.prefetch(address + step * i, write)
     return [e.load(panel + first * e.row, i * e.row) for i in range(rows)]
 
 

@@ -7,6 +7,7 @@ from llvmlite import binding
 
 # lanes of a tile = tokens of a block = columns of a state strip, for every dtype and machine
 W = 16
+LINE = 64  # bytes of a cache line
 
 _AVX512_NAMES = ("avx512", "icelake", "sapphirerapids", "graniterapids", "znver4", "znver5")
 _AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3")

@@ -75,10 +75,10 @@ from nbdelta.cpu._memory import (
 )
 from nbdelta.cpu._simd import itemsize
 from nbdelta.cpu._step import step, step_v_first
-from nbdelta.cpu._step_tiles import LINE, channel_gates, dot_row, head_gate, inverse_norm, scale_row
+from nbdelta.cpu._step_tiles import channel_gates, dot_row, head_gate, inverse_norm, scale_row
 from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._tiles import sigmoid_row
-from nbdelta.cpu._vector_unit import W
+from nbdelta.cpu._vector_unit import LINE, W
 from nbdelta.cpu.gate import apply_gate, gate_factor, load_bias
 
 PADDED = -1
