@@ -45,6 +45,17 @@ def errors(call, **options):
     return [rel_l2(x, ref, 2 if i == 0 else 1) for i, (x, ref) in enumerate(zip(result, reference))]
 
 
+@pytest.mark.parametrize("D", [28, 30])  # numbers are copied by fours and by twos
+def test_a_thread_copies_from_place_to_place(monkeypatch, D):
+    from nbdelta.cuda import _jit, chunk
+
+    one = _jit.Limits(KILOBYTES["sm_90"] * 1024, 1)
+    monkeypatch.setattr(chunk, "device_limits", lambda index: one)
+    call = make_inputs(0, 2, 260, 3, 3, D, D, states=2)
+    for error in errors(call):
+        assert np.max(error) <= BOUNDS["float32"]
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("gate", ["gda", "kda", None])
 @pytest.mark.parametrize(

@@ -6,41 +6,60 @@ from numba import cuda
 from nbdelta.arrays import empty
 from nbdelta.cuda._call import put_array
 from nbdelta.cuda._jit import kernel, specialised
-from nbdelta.cuda._memory import fields, reader
-from nbdelta.cuda._memory_tiles import make_store_pair
+from nbdelta.cuda._memory import ITEMSIZE, fields, reader
+from nbdelta.cuda._memory_tiles import make_store_planes
 from nbdelta.cuda._tile_functions import f32, int32, uint64
 
-X, SIZES, OUT, STEP, LENGTH = 0, 6, 11, 12, 13
+X, SIZES, OUT, STEPS, LENGTH = 0, 6, 11, 12, 17
 THREADS = 256
+MANY = 4  # numbers that are one access where they lie side by side
 ZERO = f32(0)
 
 array_at, sizes_at = fields(6), fields(5)
 
 
 @specialised
-def pack_kernel(dtype, kind, planes):
-    """The kernel, for any grid: a thread has two neighbouring numbers at a time."""
-    read = reader(dtype, f32)
-    store_pair = make_store_pair(kind, planes)
+def pack_kernel(dtype, kind, planes, wide):
+    """The kernel, for any grid: a thread has some neighbouring numbers at a time.
+
+    Four, where x has them `wide`, in one access; otherwise two.
+    """
+    n = MANY if wide else 2
+    read, store = reader(dtype, f32, n if wide else 1), make_store_planes(kind, planes, n)
 
     @kernel(THREADS)
     def chunkpack_kernel(desc):
         x = array_at(desc, X)
-        B, T, H, D, padded = sizes_at(desc, SIZES)
-        pairs = padded // 2
-        total = B * T * H * pairs
+        B, T, H, D, groups = sizes_at(desc, SIZES)
+        step, next_c, next_h, next_t, next_b = sizes_at(desc, STEPS)
+        total = B * T * H * groups
         i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        row, c = i // groups, int32(i % groups)
+        h, t, b = int32(row % H), int32(row // H % T), int32(row // H // T)
         while i < total:
-            row, c = i // pairs, 2 * int32(i % pairs)
-            h, t, b = row % H, row // H % T, row // H // T
-            source = x[0] + b * x[2] + t * x[3] + h * x[4] + c * x[5]
-            first, second = ZERO, ZERO
-            if c < D:
-                first = read(source)
-            if c + 1 < D:
-                second = read(source + x[5])
-            store_pair(first, second, uint64(desc[OUT] + 4 * i), uint64(4 * total))
-            i += desc[STEP]
+            source = x[0] + b * x[2] + t * x[3] + h * x[4] + n * c * x[5]
+            target, plane = uint64(desc[OUT] + 2 * n * i), uint64(2 * n * total)
+            if wide:
+                four = (ZERO, ZERO, ZERO, ZERO)
+                if n * c < D:
+                    four = read(source)
+                store(four[0], four[1], four[2], four[3], target, plane)
+            else:
+                first, second = ZERO, ZERO
+                if n * c < D:
+                    first = read(source)
+                if n * c + 1 < D:
+                    second = read(source + x[5])
+                store(first, second, target, plane)
+            # no division: sizes are known where the grid is chosen
+            i += step
+            c, h, t, b = int32(c + next_c), int32(h + next_h), int32(t + next_t), int32(b + next_b)
+            if c >= groups:
+                c, h = int32(c - groups), int32(h + 1)
+            if h >= H:
+                h, t = int32(h - H), int32(t + 1)
+            if t >= T:
+                t, b = int32(t - T), int32(b + 1)
 
     return chunkpack_kernel
 
@@ -70,12 +89,19 @@ def pack(x, kind, planes, padded, place, processors):
     int
         Bytes from one plane to the next.
     """
-    B, T, H, _ = x.shape
+    B, T, H, D = x.shape
     out = empty(x, (planes, B, T, H, padded), "bfloat16" if kind == "bf16" else "float16")
+    *steps, own = x.strides
+    size = ITEMSIZE[x.dtype]
+    wide = own == size and D % MANY == 0
+    wide = wide and all(n % (MANY * size) == 0 for n in (x.address, *steps))
+    groups = padded // (MANY if wide else 2)
+    blocks = min(-(-B * T * H * groups // THREADS), 8 * processors)
     desc = np.zeros(LENGTH, np.int64)
     put_array(desc, X, x)
-    desc[SIZES:OUT] = *x.shape, padded
-    blocks = min(-(-B * T * H * padded // 2 // THREADS), 8 * processors)
-    desc[OUT], desc[STEP] = out.address, blocks * THREADS
-    pack_kernel(x.dtype, kind, planes).launch((blocks, 1, 1), desc, place)
+    desc[SIZES:OUT], desc[OUT] = (B, T, H, D, groups), out.address
+    step = blocks * THREADS
+    rows, tokens = step // groups, step // groups // max(1, H)
+    desc[STEPS:] = step, step % groups, rows % max(1, H), tokens % max(1, T), tokens // max(1, T)
+    pack_kernel(x.dtype, kind, planes, wide).launch((blocks, 1, 1), desc, place)
     return out.seen_as(out.shape[1:], out.strides[1:]), out.strides[0]

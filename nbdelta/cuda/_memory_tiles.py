@@ -187,13 +187,14 @@ def make_decayed(form):
 
 
 @cache
-def make_store_pair(kind, planes):
-    """Two numbers as planes of 16 bits, `plane` bytes apart."""
+def make_store_planes(kind, planes, n):
+    """N numbers, at most 8, as planes of 16 bits, `plane` bytes apart."""
 
-    @tile(void, f32, f32, u64, u64)
-    def store_pair(e, x, y, address, plane):
-        for p in split(e, kind, planes, [x, y]):
-            e.store_global(address, p)
+    @tile(void, *[f32] * n, u64, u64)
+    def store_planes(e, *arguments):
+        *x, address, plane = arguments
+        for words in split(e, kind, planes, x):
+            e.store_global(address, words)
             address = e.iadd(address, plane)
 
-    return store_pair
+    return store_planes

@@ -126,7 +126,9 @@ def specialisations():
                 seen.add(found[1])
                 yield found
     for dtype, kind, planes in (("float32", "bf16", 3), ("float16", "f16", 1)):
-        yield f"chunk pack {dtype}", pack_kernel(dtype, kind, planes), PACK_LENGTH, 0
+        for wide, name in ((False, ""), (True, ", wide")):
+            kernel = pack_kernel(dtype, kind, planes, wide)
+            yield f"chunk pack {dtype}{name}", kernel, PACK_LENGTH, 0
 
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
