@@ -42,6 +42,7 @@ BUDGETS = (
     Budget("chunk scan *16 K 128 *, 227 KB, V 32", 232, 227 * 1024, 1, (*TENSOR, "movmatrix")),
     Budget("chunk intra *", 255, 99 * 1024, 1, TENSOR),
     Budget("chunk scan *", 255, 227 * 1024, 1, TENSOR),
+    Budget("chunk pack *, turned", 64, 9 * 1024, 4),
     Budget("chunk pack *", 64, 0, 4),
     Budget("backward pairs, *", 96, 52 * 1024, 2),
     # a part of a state, or of a product, in registers; tiles of 256 channels in three planes

@@ -176,3 +176,14 @@ def test_layouts_that_tiles_cannot_be_copied_from(gate):
     call["v"] = memory[..., 1:]
     call["out"] = np.zeros((*v.shape[:3], 17), v.dtype)[..., 1:]
     assert np.array_equal(public()(**call)[0].view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_tokens_side_by_side(dtype):
+    """As behind the short convolution of a model: the same bits, channels and tokens left over."""
+    call = make_inputs(8, 2, 70, 2, 4, 60, 36, dtype=dtype)
+    expected = public()(**call)[0]
+    for name in ("q", "k", "v"):
+        x = np.ascontiguousarray(call[name].transpose(0, 2, 3, 1))
+        call[name] = x.transpose(0, 3, 1, 2)
+    assert np.array_equal(public()(**call)[0].view(np.uint8), expected.view(np.uint8))

@@ -114,6 +114,25 @@ def test_prefill(emulator, gate, dtype):
     assert 0.25 * bound < total <= bound
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_copies_of_tokens_side_by_side(emulator, dtype):
+    """As behind the short convolution of a model."""
+    from numba import cuda
+
+    call, tokens = inputs(1, T // QUARTERS, "gda", dtype), T // QUARTERS
+    for name in ("q", "k", "v"):
+        memory = cuda.device_array((1, HEADS, K, tokens), call[name].dtype)
+        call[name] = memory.transpose((0, 3, 1, 2))
+    ops.chunk_gated_delta_rule(**call, use_qk_l2norm_in_kernel=True)
+    found = [result.profile for name, _, _, result in emulator if name == "chunkturn_kernel"]
+    assert len(found) == 3
+    for profile in found:
+        assert_no_conflicts(profile)
+        times = bounds(profile, QUARTERS)
+        show(f"turned {dtype}", profile, times)
+        assert max(times.values()) <= 1.6 * times["HBM"]
+
+
 @pytest.mark.parametrize(("gate", "dtype"), [("gda", "bfloat16"), ("gda", "float32")])
 def test_backward(emulator, gate, dtype):
     """The kernels of the backward pass on a few chunks; all of them are proportional to tokens."""

@@ -23,7 +23,7 @@ from nbdelta.cuda._chunk_form import (
 from nbdelta.cuda._chunk_intra import intra_kernel
 from nbdelta.cuda._chunk_intra import layout as intra_layout
 from nbdelta.cuda._chunk_pack import LENGTH as PACK_LENGTH
-from nbdelta.cuda._chunk_pack import pack, pack_kernel
+from nbdelta.cuda._chunk_pack import pack, pack_kernel, turn_kernel
 from nbdelta.cuda._chunk_scan import Layout, scan_kernel
 from nbdelta.cuda._jit import SIMULATOR, device_limits, place_of
 from nbdelta.cuda.recurrent import token_by_token
@@ -125,10 +125,13 @@ def specialisations():
             if found[1] not in seen:
                 seen.add(found[1])
                 yield found
-    for dtype, kind, planes in (("float32", "bf16", 3), ("float16", "f16", 1)):
+    for dtype, kind, planes in (
+        *(("float32", "bf16", 3), ("float16", "f16", 1), ("bfloat16", "bf16", 1)),
+    ):
         for wide, name in ((False, ""), (True, ", wide")):
             kernel = pack_kernel(dtype, kind, planes, wide)
             yield f"chunk pack {dtype}{name}", kernel, PACK_LENGTH, 0
+        yield f"chunk pack {dtype}, turned", turn_kernel(dtype, kind, planes), PACK_LENGTH, 0
 
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
