@@ -190,3 +190,15 @@ def test_no_tokens():
     got = kernel(call)
     assert_same_bits(got["initial_state"], call["dht"])
     assert got["q"].size == 0 and not got["A_log"].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tokens_side_by_side(dtype):
+    """As behind the short convolution of a model: the same bits."""
+    call = call_of("everything", "gda", SMALL, dtype)
+    expected = kernel(call)
+    for name in ("q", "k", "v"):
+        x = np.ascontiguousarray(call[name].transpose(0, 2, 3, 1))
+        call[name] = x.transpose(0, 3, 1, 2)
+    for name, x in kernel(call).items():
+        assert_same_bits(x, expected[name], name)

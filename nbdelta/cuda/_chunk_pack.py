@@ -116,6 +116,10 @@ def turn_kernel(dtype, kind, planes):
     return chunkturn_kernel
 
 
+def _has_tokens_side_by_side(x):
+    return x.strides[1] == ITEMSIZE[x.dtype] != x.strides[3]
+
+
 def _launch(x, out, kind, planes, place, processors):
     """Choose a kernel for the layout of x and start it."""
     B, T, H, D = x.shape
@@ -123,7 +127,7 @@ def _launch(x, out, kind, planes, place, processors):
     desc = np.zeros(LENGTH, np.int64)
     put_array(desc, X, x)
     desc[SIZES:OUT], desc[OUT] = (B, T, H, D, padded), out.address
-    if steps[1] == size != own:
+    if _has_tokens_side_by_side(x):
         blocks = -(-padded // CHANNELS) * -(-T // TOKENS) * H * B
         turn_kernel(x.dtype, kind, planes).launch((blocks, 1, 1), desc, place)
         return
@@ -166,3 +170,14 @@ def pack(x, kind, planes, padded, place, processors):
     out = empty(x, (planes, *x.shape[:3], padded), "bfloat16" if kind == "bf16" else "float16")
     _launch(x, out, kind, planes, place, processors)
     return out.seen_as(out.shape[1:], out.strides[1:]), out.strides[0]
+
+
+def with_channels_side_by_side(x, place):
+    """Return x, or a copy of it if the tokens lie side by side, and numbers have 16 bits.
+
+    For kernels that read channels of a token together, a number at a time.
+    """
+    kind = {"bfloat16": "bf16", "float16": "f16"}.get(x.dtype)
+    if kind is None or not _has_tokens_side_by_side(x):
+        return x
+    return pack(x, kind, 1, x.shape[-1] + x.shape[-1] % 2, place, 1)[0]

@@ -47,8 +47,9 @@ from nbdelta.cuda._backward_products import (
 from nbdelta.cuda._backward_reads import reads_bytes, reads_kernel
 from nbdelta.cuda._backward_scan import errors_kernel, scan_kernel
 from nbdelta.cuda._backward_state import COLUMNS, shared_bytes
-from nbdelta.cuda._call import LENGTH, G, describe, put_array
+from nbdelta.cuda._call import KEY, LENGTH, VALUE, G, Q, describe, put_array
 from nbdelta.cuda._chunk_form import PER_SEGMENT, SEGMENT, count_chunks
+from nbdelta.cuda._chunk_pack import with_channels_side_by_side
 from nbdelta.cuda._jit import device_limits, place_of
 from nbdelta.cuda._kept_states import clear_unused_states as clear_unused_states
 from nbdelta.cuda._kept_states import specialisations as of_kept_states
@@ -143,11 +144,15 @@ def chunk_gated_delta_rule_bwd(gradients):
     desc = np.zeros(BACKWARD_LENGTH, np.int64)
     desc[:LENGTH] = describe(p, np.dtype(real))
     desc[SEGMENT], desc[PER_SEGMENT] = CHUNK, 1
+    arrays = {
+        field: with_channels_side_by_side(x, place)
+        for field, x in ((Q, p.q), (KEY, p.k), (VALUE, p.v))
+    }
     of_tokens = {
         FACTORS: 4, PAIRS: 2 * BLOCK, ERRORS: p.V, DERRORS: p.V, READS_Q: p.K, READS_K: p.K,
         WRITES: p.K,
     }  # fmt: skip
-    arrays = dict(zip(GRADIENTS, grads.arrays()))
+    arrays.update(zip(GRADIENTS, grads.arrays()))
     arrays[RAW_G], arrays[G] = p.g, _decays(p, real)
     for index, numbers in of_tokens.items():
         arrays[index] = empty(p.q, (p.B, p.T, p.HV, numbers), real)
