@@ -20,7 +20,9 @@ def fetch_lines(e, ahead, i, n, strips=1):
     """Bring line i of each of `ahead` into the cache: address, step, whether it will be written.
 
     They have n rows of one or two strips. Arrays of NumPy lie across lines: behind the lines in
-    which a row of a strip begins comes the one in which the last strip's ends.
+    which a row of a strip begins comes the one in which the last strip's ends. (Of tokens that lie
+    side by side two strips have more rows than that. The others are left: with steps of a power of
+    two all of them would meet in one set of the first cache.)
     """
     if ahead:
         parts = 2 * strips
