@@ -19,7 +19,7 @@ from nbdelta.cpu._matrix_unit import (
 )
 from nbdelta.cpu._memory import copy_rows, fetch_rows, is_plain, load_tokens, store_tokens
 from nbdelta.cpu._simd import itemsize, padded
-from nbdelta.cpu._strip_tiles import output, rows_of_tile, solve, update
+from nbdelta.cpu._strip_tiles import output, solve, tile_rows_of, update
 from nbdelta.cpu._tiles import KEY_GATE, QUERY_GATE, SUFFIX, pair_rows
 from nbdelta.cpu._vector_unit import LINE, W, side_by_side
 
@@ -62,7 +62,7 @@ def _products(PER_CHANNEL, unit, side):
     first_product, second_product = solve(PER_CHANNEL, unit, side), output(unit, side)
     few_of_first, few_of_second = solve(PER_CHANNEL, unit, side, True), output(unit, side, True)
     third_product = update(PER_CHANNEL, unit, side)
-    tile, few_tile = rows_of_tile(side), rows_of_tile(side, True)
+    tile, few_tile = tile_rows_of(side), tile_rows_of(side, True)
     PAIRS, DOTS_IN_UPDATE = unit != FLOATS, unit == DOTS and not PER_CHANNEL
 
     @njit()
@@ -215,7 +215,7 @@ def _fetch(REAL, x, b, t, h, s, odd):
 @cache
 def _by_squares(PER_CHANNEL):
     first_product, second_product = solve(PER_CHANNEL, SQUARES, 1), output(SQUARES, 1)
-    tile = rows_of_tile(1)
+    tile = tile_rows_of(1)
     words_of, keep_update = split_words(PER_CHANNEL), _keep_update(PER_CHANNEL)
 
     @njit()

@@ -19,8 +19,8 @@ def _rows_of(side, few=False):
 
 
 @cache
-def rows_of_tile(side, few=False):
-    """Make a kernel function of REAL: rows of a tile of `side` strips, or of one for `few`."""
+def tile_rows_of(side, few=False):
+    """Make a kernel function of REAL: rows of a tile, with `few` at the end of a sequence."""
     return constant_of(_rows_of(side, few))
 
 
