@@ -26,7 +26,6 @@ from nbdelta.cuda._call import (
     L2NORM,
     RAW_GATE,
     TILED,
-    B,
     H,
     K,
     Q,
@@ -47,6 +46,7 @@ from nbdelta.cuda._memory import (
 )
 from nbdelta.cuda._shared import element, set_element
 from nbdelta.cuda._step import warp_sum
+from nbdelta.cuda._tile_functions import uint32
 
 THREADS, WARPS = 128, 4
 LANES = 32
@@ -56,7 +56,8 @@ LANES = 32
 def heads_kernel(dtype, KP):
     """The kernel that adds up dq or dk over the value heads of a key head, a token a warp.
 
-    For a grid of (tokens of all key heads / warps, 2); in the y direction q, then k.
+    For a grid of (tokens / warps, rounded up, x key heads x sequences, 2); in the y direction q,
+    then k.
     """
     REAL = real_of(dtype)
     get, put, get_real = reader(dtype, REAL), writer(dtype, REAL), reader(str(REAL), REAL)
@@ -69,11 +70,12 @@ def heads_kernel(dtype, KP):
     @kernel(THREADS)
     def backward_heads_kernel(desc):
         r_sum, r_x = cuda.local.array(OF_LANE, REAL), cuda.local.array(OF_LANE, REAL)
-        lane = cuda.threadIdx.x & 31
-        row = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
-        row, hk = row // desc[H], row % desc[H]
-        b, t = row // desc[T], row % desc[T]
-        if b >= desc[B]:
+        lane, block = cuda.threadIdx.x & 31, uint32(cuda.blockIdx.x)
+        # divided in 32 bits, which a grid has
+        lots, heads = uint32((desc[T] + WARPS - 1) // WARPS), uint32(desc[H])
+        t, block = int64(block % lots) * WARPS + (cuda.threadIdx.x >> 5), uint32(block // lots)
+        hk, b = int64(block % heads), int64(block // heads)
+        if t >= desc[T]:
             return
         x, out, parts = array_at(desc, Q), array_at(desc, DQ), array_at(desc, READS_Q)
         of_keys = cuda.blockIdx.y

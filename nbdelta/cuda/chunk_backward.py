@@ -184,7 +184,7 @@ def chunk_gated_delta_rule_bwd(gradients):
     launch(weights_kernel(dtype, do, wide), per_chunk, weights_bytes(dtype))
     launch(reads_kernel(dtype, do, KP, wide), 3 * per_chunk, reads_bytes(dtype, KP))
     launch(channels_kernel(dtype, gate, KP), per_chunk, channels_bytes(dtype, KP))
-    launch(heads_kernel(dtype, KP), -(-p.B * p.T * p.H // WARPS), y=2)
+    launch(heads_kernel(dtype, KP), -(-p.T // WARPS) * p.H * p.B, y=2)
     if p.g is not None:
         launch(gates_kernel(REAL, p.per_channel, wide), per_chunk)
     if summed:
