@@ -34,7 +34,6 @@ class Scratch(NamedTuple):
     decay: int  # e^G_last, one per channel
     bias: int  # dt_bias of the head
     gates: int  # five rows, see gate_products
-    ones: int
     beta: int
     log_decay: int
     k_norm: int
@@ -81,12 +80,12 @@ def layout(start, size, KP, VP, rows, unit):
     v = k + 3 * tokens
     decay = v + 2 * values
     gates = decay + 2 * channels
-    beta = gates + 6 * row
+    beta = gates + 5 * row
     return Scratch(
         keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, column_words,
         column_words + columns, products, changes, updates, decays, sums,
         a, a + square + row, kk, kk + square, k, k + tokens, k + 2 * tokens, v, v + values,
-        decay, decay + channels, gates, gates + 5 * row, beta, beta + row, beta + 2 * row,
+        decay, decay + channels, gates, beta, beta + row, beta + 2 * row,
         beta + 3 * row, beta + 4 * row,
     )  # fmt: skip
 

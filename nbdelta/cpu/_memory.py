@@ -39,17 +39,17 @@ def _get_rows(e, code, source, source_step, target, target_step, n, width):
         def row(_, rows):
             source, target = rows
 
-            def get(x, carried):
+            def move(x, carried):
                 e.store(e.load_as(DTYPES[i], source + x * SIZES[i], W), target + x * e.size)
                 return carried
 
-            def get_last(_, carried):
+            def move_last(_, carried):
                 # 16 of which some are there already
                 e.store(e.splat(0.0), target + width // W * e.row)
-                return get(width - W, carried)
+                return move(width - W, carried)
 
-            e.loop(width // W * W, [], get, W)
-            e.loop(width % W, [], get_last, W, maybe_empty=True)
+            e.loop(width // W * W, [], move, W)
+            e.loop(width % W, [], move_last, W, maybe_empty=True)
             return [source + source_step, target + target_step]
 
         e.loop(n, [source, target], row)
@@ -65,13 +65,13 @@ def _put_rows(e, code, source, source_step, target, target_step, n, width):
         def row(_, rows):
             source, target = rows
 
-            def put(x, carried):
+            def move(x, carried):
                 row = e.load(source + x * e.size)
                 e.store_as(DTYPES[i], row, target + x * SIZES[i], W)
                 return carried
 
-            e.loop(width // W * W, [], put, W)
-            e.loop(width % W, [], lambda _, carried: put(width - W, carried), W, maybe_empty=True)
+            e.loop(width // W * W, [], move, W)
+            e.loop(width % W, [], lambda _, carried: move(width - W, carried), W, maybe_empty=True)
             return [source + source_step, target + target_step]
 
         e.loop(n, [source, target], row)
