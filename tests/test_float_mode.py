@@ -124,7 +124,7 @@ COME, AWAITED, RESULT, MODE_OF = range(LENGTH, LENGTH + 4)
 
 @pytest.fixture(scope="module")
 def probe():
-    @kernel()
+    @kernel(LENGTH)
     def probe_kernel(desc, worker):
         """Write down the mode of this worker, and wait a while for another one."""
         mode = begin_flushing()
@@ -154,7 +154,7 @@ def test_a_kernel_leaves_every_bit(probe, set_mode, mode):
 
 
 def test_helpers_flush_too(probe, set_mode):
-    for _ in range(20):  # a busy machine may bring no helper in time
+    for _ in range(20):  # a busy core may bring no helper in time
         desc = np.zeros(MODE_OF + 2, np.int64)
         desc[AWAITED] = 2
         set_mode(TORCHS)

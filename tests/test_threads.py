@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,6 +57,39 @@ def test_work_in_batches_has_the_same_bits(monkeypatch, name, call):
     whole = call()
     monkeypatch.setattr(_team, "BATCH_FLOPS", 1)
     assert_same_bits(call(), whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")
+def test_helpers_find_the_job_that_they_are_woken_for(monkeypatch):
+    """On one core a helper that wakes runs at once, while the caller stands still."""
+    from nbdelta.cpu import _atomic as atomic
+    from nbdelta.cpu import _team
+    from nbdelta.cpu._call import LENGTH
+    from nbdelta.cpu._jit import kernel
+
+    @kernel(LENGTH)
+    def wait_for_another(desc, worker):
+        rounds = 0
+        atomic.add(desc, LENGTH, 1)
+        while atomic.get(desc, LENGTH) < 2 and rounds < 10**7:
+            rounds += 1
+            atomic.pause()
+
+    monkeypatch.setattr(_team, "_team", None)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(cores)])
+    come = []
+    try:
+        for _ in range(20):
+            desc = np.zeros(LENGTH + 1, np.int64)
+            _team.run(wait_for_another, desc, 2, 0, 2)
+            come.append(desc.item(LENGTH))
+            time.sleep(0.001)  # the helper goes to sleep
+    finally:
+        _team._the_team().stop()
+        os.sched_setaffinity(0, cores)
+    # a few may still be on their way to sleep
+    assert come.count(2) >= 15, come
 
 
 AFTER_FORK = """

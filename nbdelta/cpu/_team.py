@@ -21,7 +21,7 @@ from numba.np.ufunc import parallel
 from nbdelta.cpu import _atomic as atomic
 from nbdelta.cpu._call import FIRST, ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
 from nbdelta.cpu._descriptor import read_int64
-from nbdelta.cpu._jit import kernel
+from nbdelta.cpu._jit import kernel, njit
 
 # words that the caller and the helpers share, on cache lines of their own
 OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
@@ -58,21 +58,29 @@ def thread_count():
 
 @cache
 def _kernels():
+    @njit()
+    def offer(words, desc):
+        """Let helpers see a job, unless they do already or the team is at work."""
+        if atomic.get(words, JOB) != desc and atomic.replace(words, OWNED, 0, 1):
+            atomic.put(words, JOB, desc)
+            atomic.add(words, TICKET, 1)
+
+    @kernel()
+    def post(words, desc):
+        offer(words, desc)
+
     @kernel()
     def lead(words, desc):
-        """Post a job, work on it and wait for those who joined; alone if the team is at work."""
-        function = read_int64(desc + 8 * KERNEL)
-        if not atomic.replace(words, OWNED, 0, 1):
-            atomic.call(function, desc, 0)
-            return
-        atomic.put(words, JOB, desc)
-        atomic.add(words, TICKET, 1)
-        atomic.call(function, desc, 0)
-        # nothing is left to claim; a helper that saw the job before this has counted itself
-        atomic.put(words, JOB, 0)
-        while atomic.get(words, ACTIVE):
-            atomic.pause()
-        atomic.put(words, OWNED, 0)
+        """Work on a job, with helpers if the team is free, and wait for those who joined."""
+        offer(words, desc)
+        atomic.call(read_int64(desc + 8 * KERNEL), desc, 0)
+        # every call has a descriptor of its own
+        if atomic.get(words, JOB) == desc:
+            # nothing is left to claim; a helper that saw the job before this has counted itself
+            atomic.put(words, JOB, 0)
+            while atomic.get(words, ACTIVE):
+                atomic.pause()
+            atomic.put(words, OWNED, 0)
 
     @kernel()
     def serve(words, worker):
@@ -94,14 +102,14 @@ def _kernels():
             atomic.pause()
         atomic.add(words, AWAKE, -1)
 
-    return lead, serve
+    return post, lead, serve
 
 
 class _Team:
     """The helpers of this process and the words they share with the callers."""
 
     def __init__(self):
-        self.lead, self.serve = _kernels()
+        self.post, self.lead, self.serve = _kernels()
         self.words = np.zeros(64, np.int64)
         self.address = self.words.ctypes.data
         self.alarm = queue.SimpleQueue()
@@ -113,13 +121,19 @@ class _Team:
         """Run the kernel of the descriptor at an address."""
         near = time.perf_counter() - self.last < NEAR
         self.words[ROUNDS] = MANY_ROUNDS if near else FEW_ROUNDS
-        if len(self.helpers) < workers - 1:
-            self.start(workers - 1)
         asleep = len(self.helpers) - self.words.item(AWAKE)
-        if asleep and (near or not brief):
-            for _ in range(min(asleep, workers - 1)):
-                self.alarm.put(None)
-        self.lead(self.address, desc)
+        missing = len(self.helpers) < workers - 1
+        # whatever an interrupt breaks off, a job that was posted is done and withdrawn
+        try:
+            if missing or (asleep and (near or not brief)):
+                # first, as they may wake at once on a busy core, and would find nothing to do
+                self.post(self.address, desc)
+                if missing:
+                    self.start(workers - 1)
+                for _ in range(min(asleep, workers - 1)):
+                    self.alarm.put(None)
+        finally:
+            self.lead(self.address, desc)
         self.last = time.perf_counter()
 
     def start(self, count):
