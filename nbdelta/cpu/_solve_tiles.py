@@ -1,6 +1,9 @@
 """Tiles of the triangular solves."""
 
+from functools import cache
+
 from nbdelta.cpu._simd import tile
+from nbdelta.cpu._vector_unit import W, tile_rows
 
 
 @tile
@@ -12,29 +15,70 @@ def invert(e, diagonal, inverse, negative):
 
 
 @tile
-def solve(e, panel, x, n, first, b, b_step, inverse, out, out_step):
-    """Rows first.. of x = D^-1 b - (D^-1 L) x, behind the n rows of `x` that are known, and to
-    `out`.
+def scale_rows(e, x, x_step, n, factors, squares):
+    """16 rows of n numbers, each times its factor, as squares of 16 x 16 one behind the other."""
 
-    The panel holds -D^-1 L column by column: rows that are known are a product, and the triangle of
-    this tile is solved in registers.
-    """
-    rows = range(e.mr)
-    panel, inverse = panel + first * e.size, inverse + first * e.size
-    b, out = b + first * b_step, out + first * out_step
-    acc = [e.load(b + b_step * i) * e.bcast(inverse, i * e.size) for i in rows]
+    def row(_, carried):
+        x, factors, squares = carried
+        factor = e.bcast(factors)
 
-    def body(offset, acc):
-        for u in rows:
-            known, column = e.load(x + offset, u * e.row), panel + offset
-            acc = [e.fma(e.bcast(column, u * e.row + i * e.size), known, acc[i]) for i in rows]
-        return acc
+        def part(offset, _):
+            e.store(e.load(x + offset) * factor, squares + offset * W)
+            return []
 
-    done = (n + first) * e.row
-    acc = e.loop(done, acc, body, e.mr * e.row, maybe_empty=True)
-    for j in rows:
-        e.store(acc[j], x + done, j * e.row)
-        e.store(acc[j], out + out_step * j)
-        for i in range(j + 1, e.mr):
-            factor = e.bcast(panel + done, j * e.row + i * e.size)
-            acc[i] = e.fma(factor, acc[j], acc[i])
+        e.loop(n * e.size, [], part, e.row)
+        return [x + x_step, factors + e.size, squares + e.row]
+
+    e.loop(W, [x, factors, squares], row)
+
+
+@cache
+def solve(side):
+    """Make the tile for `side` strips of x, which lie `x_step` bytes apart."""
+
+    @tile
+    def solve(e, squares, x, x_step, n, b, b_step, inverse, out, out_step):
+        """16 rows of x = D^-1 b - (D^-1 L) x, behind the n rows of `x` that are known, and to
+        `out`, which may be `b`.
+
+        The squares hold the rows of -D^-1 L. Earlier rows of x are a product, the triangle of a
+        register tile is solved in it.
+        """
+        mr, strips = tile_rows(e.size, side), range(side)
+        xs = [x + x_step * s for s in strips]
+
+        def add(acc, rows, xs, columns):
+            """Add the products of some columns of a square with as many rows of x."""
+            for u in columns:
+                known = [e.load(x, u * e.row) for x in xs]
+                for i in range(mr):
+                    factor = e.bcast(rows, i * e.row + u * e.size)
+                    acc[i] = [e.fma(factor, *xy) for xy in zip(known, acc[i])]
+            return acc
+
+        def by_rows(vectors):
+            return [vectors[i : i + side] for i in range(0, mr * side, side)]
+
+        done = n * e.row
+        for first in range(0, W, mr):
+            rows, acc = squares + first * e.row, []
+            for i in range(first, first + mr):
+                factor = e.bcast(inverse, i * e.size)
+                acc += [e.load(b + b_step * i, s * e.row) * factor for s in strips]
+
+            def body(offset, acc, rows=rows):
+                acc = add(by_rows(acc), rows + offset, [x + offset for x in xs], range(W))
+                return [vector for row in acc for vector in row]
+
+            acc = by_rows(e.loop(done, acc, body, W * e.row, maybe_empty=True))
+            rows, own = rows + done, [x + done for x in xs]
+            acc = add(acc, rows, own, range(first))
+            for j in range(mr):
+                for s, vector in enumerate(acc[j]):
+                    e.store(vector, own[s], (first + j) * e.row)
+                    e.store(vector, out + out_step * (first + j), s * e.row)
+                for i in range(j + 1, mr):
+                    factor = e.bcast(rows, i * e.row + (first + j) * e.size)
+                    acc[i] = [e.fma(factor, *xy) for xy in zip(acc[j], acc[i])]
+
+    return solve

@@ -33,14 +33,13 @@ from nbdelta.cpu._memory import (
     load_tokens,
     real_of,
     save,
-    store_row,
+    store_tokens,
     zero_rows,
 )
 from nbdelta.cpu._simd import itemsize
-from nbdelta.cpu._solve_tiles import invert, solve
+from nbdelta.cpu._solve_tiles import invert, scale_rows, solve
 from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
-from nbdelta.cpu._tiles import pack_columns
-from nbdelta.cpu._vector_unit import W, tile_rows
+from nbdelta.cpu._vector_unit import W, side_by_side
 
 # descriptor fields of this kernel: table of (address of L, of b or 0, of x, rows) for every matrix
 MATRICES, UNIT_DIAGONAL = 88, 89
@@ -50,42 +49,53 @@ B_FIELD = 0  # the right-hand side's dtype and strides stand in the descriptor's
 
 
 def layout(base, SIZE, n, strips):
-    """Addresses of staged rows, right-hand side, two factors and strips, and their end."""
+    """Addresses of staged rows of L, its squares, rows of b, two factors and strips; their end."""
     row = W * SIZE
     rows = (n + W - 1) // W * W
-    staged = base + rows * row
-    right = staged + W * row
-    inverse = right + W * row
+    squares = base + rows * row
+    right = squares + rows * row
+    inverse = right + strips * W * row
     negative = inverse + row
     strip = negative + row
-    return staged, right, inverse, negative, strip, strip + strips * rows * row
+    return base, squares, right, inverse, negative, strip, strip + strips * rows * row
 
 
 _layout = njit()(layout)
 
 
 @njit()
-def _diagonal(REAL, code, source, step, n, unit, inverse, negative):
-    """1 / D and -1 / D for the n rows of a block; padding rows are those of the identity."""
+def _left_rows(REAL, matrix, source, i, n, unit, staged, inverse, negative, squares):
+    """1 / D of rows i.. of L, and -D^-1 L up to their diagonal."""
     SIZE = itemsize(REAL)
+    code, row_step, step = matrix[1], matrix[2], matrix[3]
+    place, rows, width = source + i * row_step, min(W, n - i), min(i + W, n)
+    # padding rows are those of the identity
     fill_row(REAL, REAL(1), inverse)
     if not unit:
-        for i in range(n):
-            save(REAL, inverse + i * SIZE, get(REAL, code, source + i * step))
+        for j in range(rows):
+            save(REAL, inverse + j * SIZE, get(REAL, code, place + j * row_step + (i + j) * step))
     invert(REAL, inverse, inverse, negative)
+    if rows < W or not is_plain(REAL, code, step, width):
+        load_tokens(REAL, code, place, row_step, step, rows, width, staged)
+        place, row_step = staged, (i + W) * SIZE
+    scale_rows(REAL, place, row_step, i + W, negative, squares)
 
 
 @njit()
-def _is_tile(REAL, x, rows, width):
-    """Whether 16 x 16 numbers serve where they lie."""
-    return rows == W and width == W and is_plain(REAL, x[1], x[3], width)
+def _identity_rows(REAL, i, first, last, right):
+    """Rows i.. of the identity, in its strips first.. to last."""
+    SIZE = itemsize(REAL)
+    zero_rows(REAL, right, (last - first) * W)
+    if first * W <= i < last * W:
+        for j in range(W):
+            save(REAL, right + j * (last - first) * W * SIZE + (i - first * W + j) * SIZE, REAL(1))
 
 
 @cache
 def _solve_kernel(REAL):
-    SIZE = np.dtype(REAL).itemsize
+    SIZE, SIDE = np.dtype(REAL).itemsize, side_by_side()
     ROW = W * SIZE
-    MR = tile_rows(SIZE)
+    several, one = solve(SIDE), solve(1)
 
     @kernel(REAL)
     def solve_kernel(desc, worker):
@@ -93,8 +103,8 @@ def _solve_kernel(REAL):
         columns, parts, unit = desc[V], desc[PARTS], desc[UNIT_DIAGONAL]
         strips = (columns + W - 1) // W
         per_part = (strips + parts - 1) // parts
-        panel = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
-        staged, right, inverse, negative, x, _ = _layout(panel, SIZE, desc[K], per_part)
+        base = desc[SCRATCH] + worker * desc[SCRATCH_STEP]
+        staged, squares, right, inverse, negative, x, _ = _layout(base, SIZE, desc[K], per_part)
         while True:
             item = next_item(desc, worker)
             if item < 0:
@@ -105,53 +115,46 @@ def _solve_kernel(REAL):
             strip_step = (n + W - 1) // W * W * ROW
             first = item % parts * per_part
             last = min(first + per_part, strips)
+            left, width = first * W, min(columns, last * W) - first * W
+            right_step = (last - first) * ROW
             for i in range(0, n, W):
                 rows = min(W, n - i)
-                block = source + i * matrix[2]
-                _diagonal(
-                    REAL, matrix[1], block + i * matrix[3], matrix[2] + matrix[3], rows, unit,
-                    inverse, negative,
-                )  # fmt: skip
-                for c in range(0, i + W, W):
-                    place, step = block + c * matrix[3], matrix[2]
-                    width = min(W, n - c)
-                    if not _is_tile(REAL, matrix, rows, width):
-                        load_tokens(
-                            REAL, matrix[1], place, matrix[2], matrix[3], rows, width, staged
+                _left_rows(REAL, matrix, source, i, n, unit, staged, inverse, negative, squares)
+                # all of a row at once, as memory gives what follows sooner than what is apart
+                if b_source:
+                    place = b_source + i * b[2] + left * b[3]
+                    load_tokens(REAL, b[1], place, b[2], b[3], rows, width, right)
+                else:
+                    _identity_rows(REAL, i, first, last, right)
+                place = target + i * out[2] + left * out[3]
+                solved, solved_step = place, out[2]
+                if rows < W or not is_plain(REAL, out[1], out[3], width):
+                    solved, solved_step = right, right_step
+                s = first
+                while s < last:
+                    strip, at = x + (s - first) * strip_step, (s - first) * ROW
+                    if b_source and s + SIDE <= last:
+                        several(
+                            REAL, squares, strip, strip_step, i, right + at, right_step, inverse,
+                            solved + at, solved_step,
                         )  # fmt: skip
-                        place, step = staged, ROW
-                    pack_columns(REAL, place, step, negative, panel + c * ROW)
-                for s in range(first, last):
-                    width = min(W, columns - s * W)
-                    strip = x + (s - first) * strip_step
-                    result, known = target + i * out[2] + s * W * out[3], 0
-                    place, step = b_source + i * b[2] + s * W * b[3], b[2]
-                    if not b_source:
-                        # columns of the identity: rows above their block are zero
-                        place, step, known = right, ROW, min(s * W, i)
-                        zero_rows(REAL, right, W)
-                        if i == s * W:
-                            for j in range(rows):
-                                save(REAL, right + j * (ROW + SIZE), REAL(1))
-                    elif not _is_tile(REAL, b, rows, width):
-                        load_tokens(REAL, b[1], place, b[2], b[3], rows, width, right)
-                        place, step = right, ROW
-                    direct = _is_tile(REAL, out, rows, width)
-                    solved, solved_step = (result, out[2]) if direct else (right, ROW)
-                    if b_source or i >= s * W:
-                        for j in range(0, W, MR):
-                            solve(
-                                REAL, panel + known * ROW, strip + known * ROW, i - known, j,
-                                place, step, inverse, solved, solved_step,
-                            )  # fmt: skip
+                        s += SIDE
+                        continue
+                    # columns of the identity: rows above their block are zero, whatever L holds
+                    known = 0 if b_source else min(s * W, i)
+                    if b_source or s * W <= i:
+                        one(
+                            REAL, squares + known * ROW, strip + known * ROW, strip_step, i - known,
+                            right + at, right_step, inverse, solved + at, solved_step,
+                        )  # fmt: skip
                     else:
                         for j in range(W):
-                            fill_row(REAL, REAL(0), solved + j * solved_step)
-                    if not direct:
-                        for j in range(rows):
-                            store_row(
-                                REAL, out[1], right + j * ROW, width, result + j * out[2], out[3]
-                            )  # fmt: skip
+                            fill_row(REAL, REAL(0), solved + at + j * solved_step)
+                    s += 1
+                if solved == right:
+                    store_tokens(
+                        REAL, out[1], right, right_step, rows, width, place, out[2], out[3]
+                    )
 
     return solve_kernel
 
@@ -210,8 +213,8 @@ _kept_chunks, _kept_matrices = lru_cache(maxsize=16)(_chunks), lru_cache(maxsize
 def solve_tril(A, out, cu_seqlens):
     """Fill `out` with ``(I + A)^-1`` of every chunk; both are ``[B, T, H, BT]``.
 
-    A thread's scratch is 16 rows of A, the columns of one inverse and two tiles of 16 x 16: 26 KB
-    for chunks of 64, twice that in float64.
+    A thread's scratch is the columns of one inverse and three times 16 rows: 29 KB for chunks of
+    64, twice that in float64.
     """
     layouts = A.shape, A.strides, out.strides
     table = _kept_chunks(*layouts) if cu_seqlens is None else _chunks(*layouts, cu_seqlens)
@@ -223,8 +226,7 @@ def solve_tril(A, out, cu_seqlens):
 def solve_triangular(L, b, out, unit_diagonal):
     """Fill `out` with the solutions of ``L x = b``; leading axes have one shape.
 
-    A thread's scratch is the columns of one x that it solves for, 16 rows of L and two tiles of
-    16 x 16.
+    A thread's scratch is the columns of one x that it solves for, 16 rows of b, and 16 of L twice.
     """
     *batch, n, m = b.shape
     table = _kept_matrices(tuple(batch), *(x.strides[:-2] for x in (L, b, out)))
