@@ -16,7 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nbdelta.cpu import _atomic, _call, _chunk_panels, _chunk_strips, _jit, chunk, recurrent
+from nbdelta.cpu import (
+    _atomic,
+    _call,
+    _chunk_panels,
+    _chunk_squares,
+    _chunk_strips,
+    _jit,
+    chunk,
+    recurrent,
+)
 from nbdelta.problem import prepare
 from nbdelta.structure import Arrays, Options
 
@@ -37,9 +46,9 @@ STAGES = {
     ),
     # a matrix unit multiplies K and Q with S at once
     "U = (I + A)^-1 (beta V - beta e^G K S)": ("first_product", "multiply_two"),
-    "O = scale (e^G Q S + P U)": ("second_product",),
+    "O = scale (e^G Q S + P U)": ("second_product", "output_reads"),
     "S = e^G_last S + (K e^(G_last - G))^T U": (
-        *("third_product", "_update", "finish_updates", "keep_update", "words_of"),
+        *("third_product", "_update", "finish_updates", "keep_update", "split_words"),
     ),
     "step of the state, and output": ("step", "step_v_first"),
 }
@@ -104,6 +113,7 @@ def _clocked(module, **names):
 @cache
 def _rooms():
     rooms = {"panels": _clocked(_chunk_panels), "strips": _clocked(_chunk_strips)}
+    rooms["squares"] = _clocked(_chunk_squares)
     return _clocked(chunk, **rooms), _clocked(recurrent)
 
 

@@ -63,7 +63,7 @@ def suffix_rows(squares):
     def suffix_rows(e, k, decays, step, out):
         """out[token][channel] = k e^(G_last - G) for 16 tokens by 16 channels.
 
-        For squares out[channel] is a row of 32 halves: the tokens, and what rounding took of them.
+        For squares out[channel] is a row of 32 halves, the tokens twice.
         """
         for channel in range(0, W, e.lanes):
             at = channel * e.size
@@ -77,10 +77,8 @@ def suffix_rows(squares):
                 continue
             for t in range(0, W, e.lanes):
                 for c, x in enumerate(e.transpose(rows[t : t + e.lanes])):
-                    halves = e.halves(x)
-                    e.store_halves(halves, out, (channel + c) * e.row + 2 * t)
-                    rest = e.halves(x - e.from_halves(halves))
-                    e.store_halves(rest, out, (channel + c) * e.row + 2 * (W + t))
+                    for place in (t, W + t):
+                        e.store_halves(e.halves(x), out, (channel + c) * e.row + 2 * place)
 
     return suffix_rows
 

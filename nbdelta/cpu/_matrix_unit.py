@@ -195,24 +195,15 @@ def half_rows(times):
     return half_rows
 
 
-@cache
-def split_words(twice):
-    """Make the tile that writes 16 rows as 16 rows of words, the sum of the first and last 8.
-
-    With `twice` the last 8 are the first 8 again.
-    """
-
-    @tile
-    def split_words(e, rows, out):
-        for i in range(0, W, 2):
-            pair = [e.load(rows, j * e.row) for j in (i, i + 1)]
-            words = e.pair(*pair)
-            e.store(words, out, i // 2 * e.row)
-            if not twice:
-                words = e.pair(*(x - y for x, y in zip(pair, e.halves_of(words))))
-            e.store(words, out, (i + W) // 2 * e.row)
-
-    return split_words
+@tile
+def split_words(e, rows, out):
+    """Write 16 rows as 16 rows of words, the sum of the first and the last 8."""
+    for i in range(0, W, 2):
+        pair = [e.load(rows, j * e.row) for j in (i, i + 1)]
+        words = e.pair(*pair)
+        e.store(words, out, i // 2 * e.row)
+        rest = e.pair(*(x - y for x, y in zip(pair, e.halves_of(words))))
+        e.store(rest, out, (i + W) // 2 * e.row)
 
 
 @tile

@@ -6,7 +6,7 @@ loaded once for all of them. Its vectors are in one list, those of a row one beh
 
 from functools import cache
 
-from nbdelta.cpu._matrix_unit import DOTS, FLOATS, SQUARES
+from nbdelta.cpu._matrix_unit import DOTS, FLOATS
 from nbdelta.cpu._simd import constant_of, tile
 from nbdelta.cpu._tiles import fma_panel
 from nbdelta.cpu._vector_unit import W, tile_rows
@@ -33,14 +33,55 @@ def _rows(values, side):
     return [values[i : i + side] for i in range(0, len(values), side)]
 
 
-def state_product(e, rows, unit, panel, first, strips, n, ahead):
-    """Rows first.. of the product of a panel and the state; of `SQUARES` it is there already."""
+def _state_product(e, rows, unit, panel, first, strips, n, ahead):
+    """Rows first.. of the product of a panel and the state."""
     ahead = [(x + step * first, step, write) for x, step, write in ahead]
-    if unit != SQUARES:
-        acc = [e.splat(0.0)] * (rows * len(strips))
-        panel = panel + first * e.size
-        return fma_panel(e, acc, panel, strips, n, ahead=ahead, pairs=unit == DOTS)
-    return [e.load(panel + first * e.row, i * e.row) for i in range(rows)]
+    acc = [e.splat(0.0)] * (rows * len(strips))
+    return fma_panel(
+        e, acc, panel + first * e.size, strips, n, ahead=ahead, pairs=unit == DOTS
+    )  # fmt: skip
+
+
+def _add_values(e, acc, side, gate, v, v_step, beta):
+    """Make ``beta V + gate * acc``."""
+    for i, row in enumerate(_rows(acc, side)):
+        factor, key_gate = e.bcast(beta, i * e.size), e.bcast(gate, i * e.size)
+        for s, x in enumerate(row):
+            value = e.load(v + v_step * i, s * e.row) * factor
+            acc[i * side + s] = e.fma(x, key_gate, value)
+    return acc
+
+
+def _times_gate(e, acc, side, gate):
+    return [x * e.bcast(gate, i // side * e.size) for i, x in enumerate(acc)]
+
+
+def _solve_triangle(e, acc, triangle, us, suffix):
+    """Solve for the rows of a tile, and store them to `us`, times `suffix` 16 rows behind."""
+    acc = _rows(acc, len(us))
+    for j, own in enumerate(acc):
+        for u, x in zip(us, own):
+            e.store(x, u, j * e.row)
+        if suffix is not None:
+            factor = e.bcast(suffix, j * e.size)
+            for u, x in zip(us, own):
+                e.store(x * factor, u, (W + j) * e.row)
+        for i in range(j + 1, len(acc)):
+            factor = e.bcast(triangle, j * e.row + i * e.size)
+            acc[i] = [e.fma(factor, x, y) for x, y in zip(own, acc[i])]
+
+
+def _multiply_triangle(e, acc, triangle, us, o, o_step):
+    """Add the products with the rows of U of this tile, and store the sums to `o`."""
+    acc = _rows(acc, len(us))
+    for j in range(len(acc)):
+        x = [e.load(u, j * e.row) for u in us]
+        for i in range(j, len(acc)):
+            factor = e.bcast(triangle, j * e.row + i * e.size)
+            acc[i] = [e.fma(factor, *xy) for xy in zip(x, acc[i])]
+    for i, row in enumerate(acc):
+        for s, x in enumerate(row):
+            e.store(x, o + o_step * i, s * e.row)
 
 
 @cache
@@ -59,30 +100,18 @@ def solve(per_channel, unit, side, few=False):
         with earlier rows of U are a loop, the triangle of this tile is solved in registers. The
         rows e^(G_last - G) U are stored behind U when the gate is one per token.
         """
-        v, at, rows = v + v_step * first, first * e.size, rows_of(e.size)
+        at, rows = first * e.size, rows_of(e.size)
         ahead = [(v_next, v_next_step, False), (k_next, k_step, False)]
         if per_channel:
             ahead.append((g_next, g_step, False))
         states, us = _each(side, states, step), _each(side, u, step)
-        acc = state_product(e, rows, unit, keys, first, states, n, ahead)
-        for i, row in enumerate(_rows(acc, side)):
-            factor, key_gate = e.bcast(beta + at, i * e.size), e.bcast(gate + at, i * e.size)
-            for s, x in enumerate(row):
-                value = e.load(v + v_step * i, s * e.row) * factor
-                acc[i * side + s] = e.fma(x, key_gate, value)
+        acc = _state_product(e, rows, unit, keys, first, states, n, ahead)
+        acc = _add_values(e, acc, side, gate + at, v + v_step * first, v_step, beta + at)
         if rows < W:
             acc = fma_panel(e, acc, a + at, us, first, maybe_empty=True)
-        acc, triangle = _rows(acc, side), a + first * e.row + at
-        for j, own in enumerate(acc):
-            for u, x in zip(us, own):
-                e.store(x, u + first * e.row, j * e.row)
-            if not per_channel:
-                factor = e.bcast(suffix + at, j * e.size)
-                for u, x in zip(us, own):
-                    e.store(x * factor, u + first * e.row, (W + j) * e.row)
-            for i in range(j + 1, rows):
-                factor = e.bcast(triangle, j * e.row + i * e.size)
-                acc[i] = [e.fma(factor, x, y) for x, y in zip(own, acc[i])]
+        own = [u + first * e.row for u in us]
+        factors = None if per_channel else suffix + at
+        _solve_triangle(e, acc, a + first * e.row + at, own, factors)
 
     return solve
 
@@ -101,30 +130,52 @@ def output(unit, side, few=False):
         at, rows = first * e.size, rows_of(e.size)
         ahead = (o_next, o_next_step, True), (q_next, q_step, False)
         states, us = _each(side, states, step), _each(side, u, step)
-        acc = _rows(state_product(e, rows, unit, queries, first, states, n, ahead), side)
-        for i, row in enumerate(acc):
-            factor = e.bcast(gate + at, i * e.size)
-            acc[i] = [x * factor for x in row]
+        acc = _state_product(e, rows, unit, queries, first, states, n, ahead)
+        acc = _times_gate(e, acc, side, gate + at)
         if rows < W:
-            acc = [x for row in acc for x in row]
-            acc = _rows(fma_panel(e, acc, p + at, us, first, maybe_empty=True), side)
-        triangle = p + first * e.row + at
-        for j in range(rows):
-            x = [e.load(u + first * e.row, j * e.row) for u in us]
-            for i in range(j, rows):
-                factor = e.bcast(triangle, j * e.row + i * e.size)
-                acc[i] = [e.fma(factor, *xy) for xy in zip(x, acc[i])]
-        o = o + o_step * first
-        for i, row in enumerate(acc):
-            for s, x in enumerate(row):
-                e.store(x, o + o_step * i, s * e.row)
+            acc = fma_panel(e, acc, p + at, us, first, maybe_empty=True)
+        own = [u + first * e.row for u in us]
+        _multiply_triangle(e, acc, p + first * e.row + at, own, o + o_step * first, o_step)
 
     return output
 
 
+# ---- with products of the state that a matrix unit has made ----
+
+
+@cache
+def solve_reads(per_channel):
+    """Make the first product behind K S."""
+
+    @tile
+    def solve_reads(e, reads, a, u, first, gate, v, v_step, beta, suffix):
+        """Rows first.. of U, as `solve` leaves them."""
+        at = first * e.size
+        acc = [e.load(reads + first * e.row, i * e.row) for i in range(e.mr)]
+        acc = _add_values(e, acc, 1, gate + at, v + v_step * first, v_step, beta + at)
+        if e.mr < W:
+            acc = fma_panel(e, acc, a + at, [u], first, maybe_empty=True)
+        factors = None if per_channel else suffix + at
+        _solve_triangle(e, acc, a + first * e.row + at, [u + first * e.row], factors)
+
+    return solve_reads
+
+
+@tile
+def output_reads(e, reads, p, u, first, gate, o, o_step):
+    """Rows first.. of O, the second product behind Q S."""
+    at = first * e.size
+    acc = [e.load(reads + first * e.row, i * e.row) for i in range(e.mr)]
+    acc = _times_gate(e, acc, 1, gate + at)
+    if e.mr < W:
+        acc = fma_panel(e, acc, p + at, [u], first, maybe_empty=True)
+    own = [u + first * e.row]
+    _multiply_triangle(e, acc, p + first * e.row + at, own, o + o_step * first, o_step)
+
+
 @cache
 def update(per_channel, unit, side):
-    """Make the third product, of all units but `SQUARES`.
+    """Make the third product.
 
     The panel has tokens as its rows, and with one gate per token channels. With `DOTS` the rows of
     the state are stored as words too; the product is one of words if k is in the panel as it is.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbdelta.cpu import _chunk_panels as panels
+from nbdelta.cpu import _chunk_squares as squares
 from nbdelta.cpu import _chunk_strips as strips
 from nbdelta.cpu._call import (
     CHECKPOINT_STARTS,
@@ -59,7 +60,7 @@ from nbdelta.cpu._chunk_scratch import (
     waiting_rows,
     waiting_rows_of,
 )
-from nbdelta.cpu._chunk_strips import finish_updates
+from nbdelta.cpu._chunk_squares import finish_updates
 from nbdelta.cpu._descriptor import claim, read_int64
 from nbdelta.cpu._jit import kernel, njit
 from nbdelta.cpu._matrix_unit import (
@@ -142,7 +143,11 @@ def _store_states(REAL, desc, ht, slot, hk, heads, first, last, states, head, st
 def _key_head_block(PER_CHANNEL, unit):
     stage, key_head = panels.stage(PER_CHANNEL, unit), panels.key_head(PER_CHANNEL, unit)
     head_gates = panels.head_gates(unit)
-    channel_gates, value_strips = panels.channel_gates(unit), strips.value_strips(PER_CHANNEL, unit)
+    channel_gates = panels.channel_gates(unit)
+    if unit == SQUARES:
+        value_strips = squares.value_strips(PER_CHANNEL)
+    else:
+        value_strips = strips.value_strips(PER_CHANNEL, unit)
 
     @njit()
     def key_head_block(
