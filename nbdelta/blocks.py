@@ -248,6 +248,8 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None
 
 def _repeat(x: View, shape: tuple[int, ...]) -> View:
     """Return `x` seen in a larger shape, with stride 0 along the axes that are repeated."""
+    if x.shape == shape:
+        return x
     missing = len(shape) - len(x.shape)
     own = (1,) * missing + x.shape
     strides = (0,) * missing + x.strides

@@ -7,6 +7,7 @@ column by block column, without the zero blocks.
 """
 
 from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,11 +42,11 @@ from nbdelta.cpu._solve_tiles import invert, scale_rows, solve
 from nbdelta.cpu._team import BATCH_FLOPS, run, thread_count
 from nbdelta.cpu._vector_unit import W, side_by_side
 
-# descriptor fields of this kernel: table of (address of L, of b or 0, of x, rows) for every matrix
+# descriptor fields of this kernel: table of the places of every matrix in L, b and x and its rows
 MATRICES, UNIT_DIAGONAL = 88, 89
 # products and sums below which the work is not shared, and no thread is woken for it
 SERIAL_FLOPS, BRIEF_FLOPS = 1 << 21, 1 << 24
-B_FIELD = 0  # the right-hand side's dtype and strides stand in the descriptor's first array
+B_FIELD = 0  # the right-hand side is the descriptor's first array; address 0: the identity
 
 
 def layout(base, SIZE, n, strips):
@@ -110,8 +111,8 @@ def _solve_kernel(REAL):
             if item < 0:
                 break
             entry = desc[MATRICES] + item // parts * 32
-            source, b_source = read_int64(entry), read_int64(entry + 8)
-            target, n = read_int64(entry + 16), read_int64(entry + 24)
+            source, b_source = matrix[0] + read_int64(entry), b[0] + read_int64(entry + 8)
+            target, n = out[0] + read_int64(entry + 16), read_int64(entry + 24)
             strip_step = (n + W - 1) // W * W * ROW
             first = item % parts * per_part
             last = min(first + per_part, strips)
@@ -121,7 +122,7 @@ def _solve_kernel(REAL):
                 rows = min(W, n - i)
                 _left_rows(REAL, matrix, source, i, n, unit, staged, inverse, negative, squares)
                 # all of a row at once, as memory gives what follows sooner than what is apart
-                if b_source:
+                if b[0]:
                     place = b_source + i * b[2] + left * b[3]
                     load_tokens(REAL, b[1], place, b[2], b[3], rows, width, right)
                 else:
@@ -133,7 +134,7 @@ def _solve_kernel(REAL):
                 s = first
                 while s < last:
                     strip, at = x + (s - first) * strip_step, (s - first) * ROW
-                    if b_source and s + SIDE <= last:
+                    if b[0] and s + SIDE <= last:
                         several(
                             REAL, squares, strip, strip_step, i, right + at, right_step, inverse,
                             solved + at, solved_step,
@@ -141,8 +142,8 @@ def _solve_kernel(REAL):
                         s += SIDE
                         continue
                     # columns of the identity: rows above their block are zero, whatever L holds
-                    known = 0 if b_source else min(s * W, i)
-                    if b_source or s * W <= i:
+                    known = 0 if b[0] else min(s * W, i)
+                    if b[0] or s * W <= i:
                         one(
                             REAL, squares + known * ROW, strip + known * ROW, strip_step, i - known,
                             right + at, right_step, inverse, solved + at, solved_step,
@@ -159,35 +160,43 @@ def _solve_kernel(REAL):
     return solve_kernel
 
 
-def _run(matrix, b, out, axes, table, rows, columns, unit_diagonal):
-    """Start the kernel; `axes` are the row and column axis of each view."""
-    if len(table) == 0 or columns == 0:
-        return
-    REAL = real_of(matrix.dtype)
-    desc = np.zeros(LENGTH, np.int64)
-    for index, view in ((G, matrix), (B_FIELD, b), (O, out)):
-        desc[index + 1 : index + 4] = (
-            DTYPES.index(view.dtype), view.strides[axes[0]], view.strides[axes[1]],
-        )  # fmt: skip
-    desc[MATRICES], desc[UNIT_DIAGONAL] = table.ctypes.data, unit_diagonal
-    desc[K], desc[V] = rows, columns
-    flops = len(table) * rows * rows * columns
-    threads, strips = thread_count() if flops >= SERIAL_FLOPS else 1, -(-columns // W)
+class _Plan(NamedTuple):
+    """A call but for its addresses and its diagonal."""
+
+    kernel: Any
+    desc: np.ndarray
+    table: np.ndarray  # of matrices, kept alive
+    items: int
+    scratch: int
+    threads: int
+    brief: bool
+    flops: int  # of an item
+
+
+def _plan(dtype, table, steps, rows, columns, threads):
+    """Plan for the matrices of a table; `steps` are the row and column strides of L, b and out."""
+    REAL, flops = real_of(dtype), len(table) * rows * rows * columns
+    threads, strips = threads if flops >= SERIAL_FLOPS else 1, -(-columns // W)
     # columns go their own way where threads are more than matrices, or these are large
     long = min(strips // 8, rows * rows * columns // BATCH_FLOPS)
-    parts = min(strips, max(-(-threads // len(table)), long))
+    parts = max(1, min(strips, max(-(-threads // max(1, len(table))), long)))
     per_part = -(-strips // parts)
-    parts = -(-strips // per_part)
-    desc[PARTS] = parts
+    parts = -(-strips // per_part) if strips else 0
+    desc = np.zeros(LENGTH, np.int64)
+    for index, step in zip((G, B_FIELD, O), steps):
+        desc[index + 1 : index + 4] = DTYPES.index(dtype), *step
+    desc[MATRICES], desc[PARTS], desc[K], desc[V] = table.ctypes.data, parts, rows, columns
     scratch = layout(0, np.dtype(REAL).itemsize, rows, per_part)[-1]
-    brief, items = flops < BRIEF_FLOPS, len(table) * parts
+    items = len(table) * parts
     # a small matrix takes twice as long as its flops
-    flops = 2 * flops // items
-    run(_solve_kernel(REAL), desc, items, scratch, threads, brief, flops=flops, shares=True)
+    return _Plan(
+        _solve_kernel(REAL), desc, table, items, scratch, threads, flops < BRIEF_FLOPS,
+        2 * flops // max(1, items),
+    )  # fmt: skip
 
 
-def _chunks(shape, strides, out_strides, cu_seqlens=None):
-    """Table of the chunks of ``[B, T, H, BT]``, with offsets for addresses.
+def _plan_of_chunks(dtype, shape, strides, out_strides, cu_seqlens, threads):
+    """Plan for the chunks of ``[B, T, H, BT]``.
 
     Heads vary fastest: they usually lie side by side, in the same pages of memory.
     """
@@ -198,16 +207,32 @@ def _chunks(shape, strides, out_strides, cu_seqlens=None):
         heads = offsets((B, H), (s[0], s[2])).reshape(B, 1, H)
         table[..., column] = heads + bounds[:, :1] * s[1]
     table[..., 3] = bounds[:, 1:] - bounds[:, :1]
-    return table.reshape(-1, 4)
+    steps = [(s[1], s[3]) for s in (strides, strides, out_strides)]
+    return _plan(dtype, table.reshape(-1, 4), steps, BT, BT, threads)
 
 
-def _matrices(batch, *strides):
-    """Table of the matrices of a batch, with offsets for addresses, and no rows."""
-    columns = [offsets(batch, s) for s in strides]
-    return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
+def _plan_of_matrices(dtype, shape, *strides_and_threads):
+    """Plan for right-hand sides of a shape; the strides are those of L, b and out."""
+    *strides, threads = strides_and_threads
+    *batch, n, m = shape
+    columns = [offsets(tuple(batch), s[:-2]) for s in strides]
+    table = np.stack([*columns, np.full_like(columns[0], n)], axis=1)
+    return _plan(dtype, table, [s[-2:] for s in strides], n, m, threads)
 
 
-_kept_chunks, _kept_matrices = lru_cache(maxsize=16)(_chunks), lru_cache(maxsize=16)(_matrices)
+_kept_plan_of_chunks = lru_cache(maxsize=16)(_plan_of_chunks)
+_kept_plan_of_matrices = lru_cache(maxsize=16)(_plan_of_matrices)
+
+
+def _start(plan, left, right, out, unit_diagonal):
+    """Run a plan with the addresses of L, of b or 0 for the identity, and of the results."""
+    if plan.items:
+        desc = plan.desc.copy()
+        desc[G], desc[B_FIELD], desc[O], desc[UNIT_DIAGONAL] = left, right, out, unit_diagonal
+        run(
+            plan.kernel, desc, plan.items, plan.scratch, plan.threads, plan.brief,
+            flops=plan.flops, shares=True,
+        )  # fmt: skip
 
 
 def solve_tril(A, out, cu_seqlens):
@@ -216,11 +241,9 @@ def solve_tril(A, out, cu_seqlens):
     A thread's scratch is the columns of one inverse and three times 16 rows: 29 KB for chunks of
     64, twice that in float64.
     """
-    layouts = A.shape, A.strides, out.strides
-    table = _kept_chunks(*layouts) if cu_seqlens is None else _chunks(*layouts, cu_seqlens)
-    table = table + np.array((A.address, 0, out.address, 0))
-    BT = A.shape[-1]
-    _run(A, A, out, (1, 3), table, BT, BT, True)
+    make = _kept_plan_of_chunks if cu_seqlens is None else _plan_of_chunks
+    plan = make(A.dtype, A.shape, A.strides, out.strides, cu_seqlens, thread_count())
+    _start(plan, A.address, 0, out.address, True)
 
 
 def solve_triangular(L, b, out, unit_diagonal):
@@ -228,7 +251,7 @@ def solve_triangular(L, b, out, unit_diagonal):
 
     A thread's scratch is the columns of one x that it solves for, 16 rows of b, and 16 of L twice.
     """
-    *batch, n, m = b.shape
-    table = _kept_matrices(tuple(batch), *(x.strides[:-2] for x in (L, b, out)))
-    table = table + np.array((L.address, b.address, out.address, n))
-    _run(L, b, out, (-2, -1), table, n, m, unit_diagonal)
+    plan = _kept_plan_of_matrices(
+        L.dtype, b.shape, L.strides, b.strides, out.strides, thread_count()
+    )
+    _start(plan, L.address, b.address, out.address, unit_diagonal)
