@@ -33,7 +33,7 @@ STAGES = {
     "states in and out": ("load_states", "_store_states", "_load_state", "_store_state"),
     "rows, norms, packing": (
         *("stage_rows", "token_rows", "pack_columns", "pair_rows", "round_rows", "normalise"),
-        *("stage", "_output_rows", "_store_output", "_load_vector", "dot_row", "load_row"),
+        *("stage", "output_rows", "store_output", "_load_vector", "dot_row", "load_row"),
         *("store_row", "word_columns", "_once"),
     ),
     "gates and their products": (

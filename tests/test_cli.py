@@ -26,7 +26,7 @@ from nbdelta import (
     shapes,
     warmup,
 )
-from nbdelta.cpu import _chunk_panels, _chunk_strips, chunk, recurrent
+from nbdelta.cpu import _chunk_panels, _chunk_squares, _chunk_strips, chunk, recurrent
 
 pytest.importorskip("rich")
 TINY = ["--tokens", "40", "--new-tokens", "3", "--layers", "2", "--hidden-size", "64"]
@@ -260,7 +260,7 @@ def test_explain(short_bench, monkeypatch, capsys, layer, T, stages):
 
 
 def test_stages_name_what_the_kernels_call():
-    sources = (chunk, recurrent, _chunk_panels, _chunk_strips)
+    sources = (chunk, recurrent, _chunk_panels, _chunk_strips, _chunk_squares)
     calls = {
         node.func.id
         for module in sources

@@ -235,8 +235,9 @@ def _cumsum_kernel(REAL):
                 n, width = read_int64(block + 16), min(desc[WIDTH], read_int64(block + 24) - lane)
                 if width <= 0:
                     continue
-                source = read_int64(block) + lane // desc[PIECE] * x[4] + lane % desc[PIECE] * x[3]
-                target = read_int64(block + 8) + lane * out[3]
+                source, target = x[0] + read_int64(block), out[0] + read_int64(block + 8)
+                source += lane // desc[PIECE] * x[4] + lane % desc[PIECE] * x[3]
+                target += lane * out[3]
                 if desc[DENSE]:
                     _dense_rows(REAL, desc, x, out, source, target, n, width, totals)
                     continue
@@ -265,7 +266,7 @@ class _Plan(NamedTuple):
     """A call but for its addresses, direction and scale."""
 
     desc: np.ndarray
-    blocks: np.ndarray
+    blocks: np.ndarray  # kept alive
     items: int
     threads: int
 
@@ -290,7 +291,7 @@ def _plan(shape, strides, out_strides, dtypes, chunk_size, axis, cu_seqlens, thr
     lane_bytes = [ITEMSIZE[dtype] for dtype in dtypes]
     dense = (lane.x, lane.out, step.x, step.out) == (*lane_bytes, *(lanes * b for b in lane_bytes))
     desc[DENSE] = dense and lanes % W and lanes < 8 * W
-    desc[STREAMING] = size >= LARGE
+    desc[STREAMING], desc[BLOCKS] = size >= LARGE, blocks.ctypes.data
     return _Plan(desc, blocks, -(-units // per_item), threads)
 
 
@@ -322,8 +323,8 @@ def chunk_local_cumsum(x, out, chunk_size, axis, reverse, scale, cu_seqlens):
         x.shape, x.strides, out.strides, (x.dtype, out.dtype), chunk_size, axis, cu_seqlens,
         thread_count(),
     )  # fmt: skip
-    desc, blocks = plan.desc.copy(), plan.blocks + np.array((x.address, out.address, 0, 0))
-    desc[BLOCKS], desc[REVERSE] = blocks.ctypes.data, reverse
+    desc = plan.desc.copy()
+    desc[G], desc[O], desc[REVERSE] = x.address, out.address, reverse
     put_float(desc, SCALE, scale)
     size = math.prod(x.shape)
     scratch, flops = 2 * ROW * np.dtype(REAL).itemsize, FLOPS * size // plan.items
