@@ -50,8 +50,9 @@ TOKENS, PER_CHANNEL = 88, 89
 
 # numbers of an item of work; below which it is not shared, and no thread is woken for it
 NUMBERS, SERIAL, BRIEF = 1 << 13, 1 << 15, 1 << 18
-# what a number costs, in flops of a matrix product
-FLOPS = 80
+# what a number costs, in flops of a matrix product: 80, and more where the system has to clear the
+# pages of a new result
+FLOPS = 400
 
 
 @njit()

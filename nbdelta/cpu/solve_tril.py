@@ -188,10 +188,10 @@ def _plan(dtype, table, steps, rows, columns, threads):
     desc[MATRICES], desc[PARTS], desc[K], desc[V] = table.ctypes.data, parts, rows, columns
     scratch = layout(0, np.dtype(REAL).itemsize, rows, per_part)[-1]
     items = len(table) * parts
-    # a small matrix takes twice as long as its flops
+    # a small matrix takes twice as long as its flops, and in new pages as long again
     return _Plan(
         _solve_kernel(REAL), desc, table, items, scratch, threads, flops < BRIEF_FLOPS,
-        2 * flops // max(1, items),
+        4 * flops // max(1, items),
     )  # fmt: skip
 
 
