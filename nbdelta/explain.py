@@ -53,7 +53,7 @@ def explain(name, B, T):
     console.print(out.plain(_title(name, shape)))
     console.print(_limits(shape, limit, times))
     whole = 1e3 * times[1]["call"].min
-    stages = dict(zip(STAGES, min(clocks)[1], strict=True))
+    stages = dict(zip(STAGES, _quickest(clocks), strict=True))
     peak = limit.flops / times[1]["limit"].min if T > 1 else None
     console.print(_stages(shape, stages, whole, peak))
     slower = times[1]["clocked"].min / times[1]["call"].min - 1
@@ -63,6 +63,16 @@ def explain(name, B, T):
         "parts of the least time without clocks. The rest lies between the stages, and in Python."
     )
     return 0
+
+
+def _quickest(clocks):
+    """Return the parts of the quickest call.
+
+    One whose thread went from a core to another one, whose clock was behind, may have parts below
+    zero or beyond the whole: it counts only if there is no other.
+    """
+    usable = [(ticks, parts) for ticks, parts in clocks if min(parts) >= 0 and sum(parts) <= 1]
+    return min(usable or clocks)[1]
 
 
 def _public_call(inputs, prefill):

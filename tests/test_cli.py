@@ -259,6 +259,12 @@ def test_explain(short_bench, monkeypatch, capsys, layer, T, stages):
     assert sum(shares) > 50
 
 
+def test_explain_leaves_out_calls_whose_clock_went_back():
+    calls = [(5, (0.5, -0.1)), (6, (0.8, 0.3)), (8, (0.6, 0.2)), (7, (0.7, 0.2))]
+    assert explain._quickest(calls) == (0.7, 0.2)
+    assert explain._quickest(calls[:2]) == (0.5, -0.1)
+
+
 def test_stages_name_what_the_kernels_call():
     sources = (chunk, recurrent, _chunk_panels, _chunk_strips, _chunk_squares)
     calls = {

@@ -19,6 +19,7 @@ class Scratch(NamedTuple):
     state_words: int
     products: int  # squares: K S and Q S of every strip
     changes: int  # squares: what a block adds to a strip
+    u: int  # squares: U of the strip at work, and e^(G_last - G) U
     updates: int  # KDA: k e^(G_last - G) as rows
     decays: int  # KDA: e^g token by token
     sums: int  # KDA: registers of pair sums, of two tokens and their twins, and of k.q
@@ -42,13 +43,13 @@ class Scratch(NamedTuple):
 
 
 def strip_rows(KP, unit):
-    """Rows of a strip: the state, U, e^(G_last - G) U, and words: U's, for dots the state's too."""
-    rows = KP + 2 * W
-    if unit == DOTS:
-        rows += (KP + W) // 2
-    elif unit == SQUARES:
-        rows += W
-    return rows
+    """Rows of a strip: the state, U, e^(G_last - G) U, for dots words of state and U.
+
+    Of squares the state and the words of U.
+    """
+    if unit == SQUARES:
+        return KP + W
+    return KP + 2 * W + ((KP + W) // 2 if unit == DOTS else 0)
 
 
 def waiting_rows(KP, unit):
@@ -71,7 +72,8 @@ def layout(start, size, KP, VP, rows, unit):
     column_words = key_words + 3 * half
     products = column_words + squared * (columns + half)
     changes = products + squared * 2 * values
-    updates = changes + squared * tokens
+    u = changes + squared * tokens
+    updates = u + squared * 2 * square
     decays = updates + tokens
     sums = decays + tokens
     a = sums + 5 * square
@@ -83,7 +85,7 @@ def layout(start, size, KP, VP, rows, unit):
     beta = gates + 5 * row
     return Scratch(
         keys, keys + tokens, key_words, key_words + half, key_words + 2 * half, column_words,
-        column_words + columns, products, changes, updates, decays, sums,
+        column_words + columns, products, changes, u, updates, decays, sums,
         a, a + square + row, kk, kk + square, k, k + tokens, k + 2 * tokens, v, v + values,
         decay, decay + channels, gates, beta, beta + row, beta + 2 * row,
         beta + 3 * row, beta + 4 * row,

@@ -36,7 +36,7 @@ def _waiting(KP, strips, strip, n, size):
 @njit()
 def _update(REAL, m, KP, strip, keys, decay):
     """Bring a strip up to date, and leave it as words too."""
-    multiply_rows(REAL, keys, KP, strip + (KP + 2 * W) * W * itemsize(REAL), m.changes)
+    multiply_rows(REAL, keys, KP, strip + KP * W * itemsize(REAL), m.changes)
     add_products(REAL, strip, KP, decay, m.changes, m.state_words)
 
 
@@ -116,21 +116,19 @@ def value_strips(PER_CHANNEL):
             )
         keep_update(REAL, m, KP, keys, decay)
         for s in range(last - first):
-            u, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
-            i, u_words = first + s, u + 2 * W * row
+            u_words, reads = strips + s * strip_size + KP * row, m.products + s * 2 * W * row
+            i = first + s
             _fetch(REAL, v, b, t_next, hv_next, i, 0)
             _fetch(REAL, o, b, t_next, hv_next, i, 1)
             for j in range(0, W, MR):
                 first_product(
-                    REAL, reads, m.a, u, j, key_gate, m.v + i * row, v_step, m.beta, suffix,
+                    REAL, reads, m.a, m.u, j, key_gate, m.v + i * row, v_step, m.beta, suffix,
                 )  # fmt: skip
             for j in range(0, W, MR):
                 output_reads(
-                    REAL, reads + W * row, m.p, u, j, query_gate, o_rows + i * row, o_step,
+                    REAL, reads + W * row, m.p, m.u, j, query_gate, o_rows + i * row, o_step,
                 )  # fmt: skip
-            if not PER_CHANNEL:
-                u += W * row
-            split_words(REAL, u, u_words)
+            split_words(REAL, m.u if PER_CHANNEL else m.u + W * row, u_words)
         if o_rows == m.o:
             left, right = first * W, min(width, last * W)
             store_output(REAL, o, o_rows, o_step, b, t, n, hv, left, right)

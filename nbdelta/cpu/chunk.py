@@ -241,9 +241,10 @@ def multiplies_halves(dtype):
     return dtype == "bfloat16" and unit_of_halves() != FLOATS
 
 
-# of what takes turns: bytes of states, two thirds of the second cache, and work, as an interrupt
-# waits for an item to end
-STATES, ITEM_FLOPS = 2 * second_cache() // 3, 2 * 10**10
+# of what takes turns: bytes of states, two thirds of the second cache, and half of it where rows of
+# 16 bits share pages twice as well; and work, as an interrupt waits for an item to end
+STATES, STATES_OF_SQUARES = 2 * second_cache() // 3, second_cache() // 2
+ITEM_FLOPS = 2 * 10**10
 # what a token of a value head takes besides its products with the state, in flops of those
 TOKEN_FLOPS = 6000
 
@@ -279,7 +280,8 @@ def job_of(problem, min_length=0):
     # sequences one may have nearly all tokens, and which one is not known to calls that repeat
     states = sizes[2] * (VP // W * strip_rows(KP, unit) + waiting_rows(KP, unit)) * W * sizes[-1]
     blocks = -(-p.B * p.T // (W * max(1, p.N)))
-    most = min(blocks, STATES // max(1, states), ITEM_FLOPS * alike * p.H // max(1, flops))
+    room = STATES_OF_SQUARES if unit == SQUARES else STATES
+    most = min(blocks, room // max(1, states), ITEM_FLOPS * alike * p.H // max(1, flops))
     return Job(kernel, unit, array("q", desc.tobytes()), sizes, alike, most, flops, starts)
 
 
