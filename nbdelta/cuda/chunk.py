@@ -99,14 +99,13 @@ def pick_variant(dtype, precision, K, V, per_channel, chunk_size, heads, shared,
 def specialisations():
     """Name, kernel, descriptor length and dynamic shared memory of what is launched.
 
-    All kinds of products, gates and devices, and the widest slices; not every combination with the
-    dtype of a gate, a state or o, which change a few loads and stores.
+    All kinds of products, gates, head sizes and devices, and the widest slices; not every
+    combination with the dtype of a gate, a state or o, which change a few loads and stores.
     """
     usual = [("bfloat16", None, 128), ("float32", None, 128)]
     rules = [(*rule, 1, kilobytes) for kilobytes in (227, 163, 99) for rule in usual]
     rules += [(*rule, 9999, 227) for rule in usual]
-    rules += [("bfloat16", None, 64, 1, 227)]
-    rules += [(*rule, K, 1, 227) for rule in PLANES for K in (128, 256)]
+    rules += [(*rule, K, 1, 227) for rule in PLANES for K in (64, 128, 256)]
     seen = set()
     for (dtype, precision, K, heads, kilobytes), per_channel in product(rules, (False, True)):
         shared = kilobytes * 1024

@@ -66,13 +66,18 @@ def specialisations():
     """
     dtype, gate, do = "float32", "channel", "float32"
     for name, kernel, shared in (
+        ("pairs, K 64", pairs_kernel(dtype, gate, 64, False), pairs_bytes(dtype, 64)),
         ("pairs, K 256", pairs_kernel(dtype, gate, 256, False), pairs_bytes(dtype, 256)),
+        ("errors, K 64", errors_kernel(dtype, gate, 64, False), shared_bytes(dtype, 64, 2)),
         ("errors, K 256", errors_kernel(dtype, gate, 256, False), shared_bytes(dtype, 256, 2)),
+        ("scan, K 64", scan_kernel(dtype, gate, do, 64, False), shared_bytes(dtype, 64, 3)),
         ("scan, K 128", scan_kernel(dtype, gate, do, 128, False), shared_bytes(dtype, 128, 3)),
         ("scan, K 256", scan_kernel(dtype, gate, do, 256, False), shared_bytes(dtype, 256, 3)),
         ("weights", weights_kernel(dtype, do, False), weights_bytes(dtype)),
+        ("reads, K 64", reads_kernel(dtype, do, 64, False), reads_bytes(dtype, 64)),
         ("reads, K 128", reads_kernel(dtype, do, 128, False), reads_bytes(dtype, 128)),
         ("reads, K 256", reads_kernel(dtype, do, 256, False), reads_bytes(dtype, 256)),
+        ("channels, K 64", channels_kernel(dtype, gate, 64), channels_bytes(dtype, 64)),
         ("channels, K 256", channels_kernel(dtype, gate, 256), channels_bytes(dtype, 256)),
         ("heads, K 256", heads_kernel(dtype, 256), 0),
         ("gates", gates_kernel(real_of(dtype), True, False), 0),
