@@ -37,9 +37,8 @@ def _state_product(e, rows, unit, panel, first, strips, n, ahead):
     """Rows first.. of the product of a panel and the state."""
     ahead = [(x + step * first, step, write) for x, step, write in ahead]
     acc = [e.splat(0.0)] * (rows * len(strips))
-    return fma_panel(
-        e, acc, panel + first * e.size, strips, n, ahead=ahead, pairs=unit == DOTS
-    )  # fmt: skip
+    panel += first * e.size
+    return fma_panel(e, acc, panel, strips, n, ahead=ahead, pairs=unit == DOTS)
 
 
 def _add_values(e, acc, side, gate, v, v_step, beta):
