@@ -21,10 +21,12 @@ from numba.np.ufunc import parallel
 from nbdelta.cpu import _atomic as atomic
 from nbdelta.cpu._call import FIRST, ITEMS, KERNEL, NEXT, SCRATCH, SCRATCH_STEP, WORKERS
 from nbdelta.cpu._descriptor import read_int64
-from nbdelta.cpu._jit import kernel, njit
+from nbdelta.cpu._jit import kernel
 
 # words that the caller and the helpers share, on cache lines of their own
 OWNED, JOB, TICKET, ACTIVE, AWAKE, ROUNDS, STOP = range(0, 56, 8)
+# in the address of a descriptor, a multiple of 8
+ONLY_POST = 1
 # rounds of `pause`, 20 to 40 ns each, that a helper waits for work; seconds between the calls of a
 # loop
 FEW_ROUNDS, MANY_ROUNDS, NEAR = 100, 8000, 200e-6
@@ -58,24 +60,21 @@ def thread_count():
 
 @cache
 def _kernels():
-    @njit()
-    def offer(words, desc):
-        """Let helpers see a job, unless they do already or the team is at work."""
-        if atomic.get(words, JOB) != desc and atomic.replace(words, OWNED, 0, 1):
-            atomic.put(words, JOB, desc)
-            atomic.add(words, TICKET, 1)
-
-    @kernel()
-    def post(words, desc):
-        offer(words, desc)
-
     @kernel()
     def lead(words, desc):
-        """Work on a job, with helpers if the team is free, and wait for those who joined."""
-        offer(words, desc)
-        atomic.call(read_int64(desc + 8 * KERNEL), desc, 0)
+        """Work on a job, with helpers if the team is free, and wait for those who joined.
+
+        With `ONLY_POST` let them see it, and no more.
+        """
+        job = desc & ~ONLY_POST
+        if atomic.get(words, JOB) != job and atomic.replace(words, OWNED, 0, 1):
+            atomic.put(words, JOB, job)
+            atomic.add(words, TICKET, 1)
+        if desc & ONLY_POST:
+            return
+        atomic.call(read_int64(job + 8 * KERNEL), job, 0)
         # every call has a descriptor of its own
-        if atomic.get(words, JOB) == desc:
+        if atomic.get(words, JOB) == job:
             # nothing is left to claim; a helper that saw the job before this has counted itself
             atomic.put(words, JOB, 0)
             while atomic.get(words, ACTIVE):
@@ -102,14 +101,14 @@ def _kernels():
             atomic.pause()
         atomic.add(words, AWAKE, -1)
 
-    return post, lead, serve
+    return lead, serve
 
 
 class _Team:
     """The helpers of this process and the words they share with the callers."""
 
     def __init__(self):
-        self.post, self.lead, self.serve = _kernels()
+        self.lead, self.serve = _kernels()
         self.words = np.zeros(64, np.int64)
         self.address = self.words.ctypes.data
         self.alarm = queue.SimpleQueue()
@@ -127,7 +126,7 @@ class _Team:
         try:
             if missing or (asleep and (near or not brief)):
                 # first, as they may wake at once on a busy core, and would find nothing to do
-                self.post(self.address, desc)
+                self.lead(self.address, desc | ONLY_POST)
                 if missing:
                     self.start(workers - 1)
                 for _ in range(min(asleep, workers - 1)):
