@@ -41,9 +41,9 @@ def most(monkeypatch):
         jobs.append(job_of(*args))
         return jobs[-1]
 
-    def most(T, **options):
+    def most(T, dtype="float32", **options):
         monkeypatch.setattr(repeat, "_chunk_plans", [])
-        call = make_inputs(0, 1, T, 32, 32, 16, 32)
+        call = make_inputs(0, 1, T, 32, 32, 16, 32, dtype=dtype)
         nbdelta.chunk_gated_delta_rule(**call, **options)
         return jobs[-1].most, jobs[-1].flops
 
@@ -55,6 +55,15 @@ def test_not_more_heads_than_blocks_or_than_the_second_cache_holds(most, monkeyp
     assert most(40)[0] == 3
     monkeypatch.setattr(chunk, "STATES", 5 * 4 * (16 + 32) * 32)  # with U and e^(G_last - G) U
     assert most(400)[0] == 5
+
+
+def test_not_more_heads_of_squares_than_half_of_the_second_cache_holds(most, monkeypatch):
+    use_unit(monkeypatch, SQUARES)
+    # two strips with words of U, and the keys and decays of the update that waits
+    head = 4 * 16 * (2 * (16 + 16) + 16 + 1)
+    monkeypatch.setattr(chunk, "STATES_OF_SQUARES", 5 * head)
+    assert most(400, "bfloat16")[0] == 5
+    assert most(400)[0] > 5
 
 
 def test_an_item_is_as_much_work_as_an_interrupt_may_wait_for(most, monkeypatch):

@@ -77,8 +77,9 @@ def suffix_rows(squares):
                 continue
             for t in range(0, W, e.lanes):
                 for c, x in enumerate(e.transpose(rows[t : t + e.lanes])):
+                    halves = e.halves(x)
                     for place in (t, W + t):
-                        e.store_halves(e.halves(x), out, (channel + c) * e.row + 2 * place)
+                        e.store_halves(halves, out, (channel + c) * e.row + 2 * place)
 
     return suffix_rows
 

@@ -211,9 +211,8 @@ def _plan_of_chunks(dtype, shape, strides, out_strides, cu_seqlens, threads):
     return _plan(dtype, table.reshape(-1, 4), steps, BT, BT, threads)
 
 
-def _plan_of_matrices(dtype, shape, *strides_and_threads):
+def _plan_of_matrices(dtype, shape, strides, threads):
     """Plan for right-hand sides of a shape; the strides are those of L, b and out."""
-    *strides, threads = strides_and_threads
     *batch, n, m = shape
     columns = [offsets(tuple(batch), s[:-2]) for s in strides]
     table = np.stack([*columns, np.full_like(columns[0], n)], axis=1)
@@ -251,7 +250,6 @@ def solve_triangular(L, b, out, unit_diagonal):
 
     A thread's scratch is the columns of one x that it solves for, 16 rows of b, and 16 of L twice.
     """
-    plan = _kept_plan_of_matrices(
-        L.dtype, b.shape, L.strides, b.strides, out.strides, thread_count()
-    )
+    strides = L.strides, b.strides, out.strides
+    plan = _kept_plan_of_matrices(L.dtype, b.shape, strides, thread_count())
     _start(plan, L.address, b.address, out.address, unit_diagonal)
